@@ -1,0 +1,74 @@
+"""Checkpoints of a run: the newest, the one before it, and the best."""
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Writes beside the target, syncs and renames: at every moment the file is the old or the new one, whole.
+    Loads plain values and tensors only."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(".tmp")
+        with open(temporary, "wb") as file:
+            torch.save(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+
+    def load_checkpoint(self, path: str | Path, map_location: Any = "cpu", weights_only: bool | None = None) -> dict[str, Any]:
+        return torch.load(path, map_location=map_location, weights_only=True)
+
+
+class Checkpointing(Checkpoint):
+    """Keeps `last.ckpt` (every `every` optimizer steps, and whenever the validation loss has improved),
+    `previous.ckpt` (the last before that) and `best.ckpt` (lowest validation loss) in the run's `checkpoints/`.
+
+    A step that is validated is saved after its validation; saved before, a resume would lose that validation.
+    """
+
+    def __init__(self, every: int) -> None:
+        self.every = every
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        self.folder = Path(trainer.default_root_dir) / "checkpoints"
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs, batch, batch_idx: int) -> None:
+        validation_follows = trainer.should_stop or trainer.global_step % trainer.val_check_batch == 0
+        if trainer.global_step % self.every == 0 and not validation_follows:
+            self._save(trainer)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.sanity_checking:
+            return
+        improved = pl_module.best is pl_module.validated
+        if improved or trainer.should_stop or trainer.global_step % self.every == 0:
+            self._save(trainer)
+        if improved and trainer.is_global_zero:
+            self._link(self.folder / "last.ckpt", self.folder / "best.ckpt")
+
+    def _save(self, trainer: L.Trainer) -> None:
+        last = self.folder / "last.ckpt"
+        if trainer.is_global_zero and last.exists():
+            self._link(last, self.folder / "previous.ckpt")
+        trainer.save_checkpoint(last)
+
+    @staticmethod
+    def _link(source: Path, target: Path) -> None:
+        """A second name for the same file: nothing is written twice, and no file is ever changed in place."""
+        temporary = target.with_suffix(".tmp")
+        temporary.unlink(missing_ok=True)
+        try:
+            os.link(source, temporary)
+        except OSError:  # a file system without hard links
+            shutil.copyfile(source, temporary)
+        os.replace(temporary, target)

@@ -1,0 +1,43 @@
+"""Shows what the model writes, so that one sees it learn."""
+
+import logging
+
+import lightning as L
+import torch
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from gptlab.generate import generate
+
+log = logging.getLogger(__name__)
+
+
+class SampleText(L.Callback):
+    """After each validation, print a continuation of `prompt` and put it into TensorBoard's text tab.
+
+    The text depends on the weights and the step alone: it has a random generator of its own.
+    """
+
+    def __init__(self, prompt: str, max_new_tokens: int, temperature: float, top_k: int | None) -> None:
+        self.prompt, self.max_new_tokens, self.temperature, self.top_k = prompt, max_new_tokens, temperature, top_k
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        self._ids = trainer.datamodule.tokenizer.encode(self.prompt)  # a prompt that cannot be encoded fails here, early
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.sanity_checking or not trainer.is_global_zero:
+            return
+        idx = torch.from_numpy(self._ids.astype("int64")).to(pl_module.device)[None]
+        generator = torch.Generator(pl_module.device).manual_seed(trainer.global_step)
+        with trainer.precision_plugin.forward_context():
+            new = [
+                int(next_id)
+                for next_id in generate(
+                    pl_module.model, idx, self.max_new_tokens, temperature=self.temperature, top_k=self.top_k, generator=generator
+                )
+            ]
+        text = self.prompt + trainer.datamodule.tokenizer.decode(new)
+        lines = [f"    {line}" for line in text.strip("\n").split("\n")]  # indented: Markdown leaves such text as it is
+        log.info("\n%s\n", "\n".join(lines))
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                logger.experiment.add_text("samples", "\n".join(lines), trainer.global_step)

@@ -1,0 +1,64 @@
+"""How fast training goes: tokens per second, and the share of the hardware's peak that is used."""
+
+import time
+
+import lightning as L
+import torch
+
+# Dense peak of bf16 and fp16 matrix products, FLOP/s per device, from the vendors' data sheets.
+PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "4090": 165e12, "V100": 125e12, "T4": 65e12}  # fmt: skip
+
+
+class Throughput(L.Callback):
+    """Logs train/tokens_per_s and, where the device's peak is known, train/mfu (model FLOPs utilisation, PaLM,
+    Chowdhery et al. 2022). The clock runs over training steps and stands still during validation and sampling."""
+
+    def __init__(self) -> None:
+        self.tokens = self.seconds = 0.0  # of the whole process
+        self._interval_tokens = self._interval_seconds = 0.0
+        self._since: float | None = None
+
+    @property
+    def tokens_per_s(self) -> float | None:
+        return self.tokens / self.seconds if self.seconds else None
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        flops = getattr(pl_module.model, "flops_per_token", None)
+        peak = peak_flops(pl_module.device, str(trainer.precision))
+        self._mfu_per_token = flops() / (peak * trainer.world_size) if flops and peak else None
+
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch, batch_idx: int) -> None:
+        if self._since is None:
+            self._since = time.perf_counter()
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs, batch, batch_idx: int) -> None:
+        self._interval_tokens += trainer.datamodule.batch_size * trainer.datamodule.block_size
+        if trainer.global_step % pl_module.log_every == 0 or trainer.should_stop:
+            self._stop_clock(pl_module.device)
+            self._since = time.perf_counter()
+            speed = self._interval_tokens / self._interval_seconds
+            self.tokens += self._interval_tokens
+            self.seconds += self._interval_seconds
+            self._interval_tokens = self._interval_seconds = 0.0
+            metrics = {"train/tokens_per_s": speed}
+            if self._mfu_per_token:
+                metrics["train/mfu"] = speed * self._mfu_per_token
+            pl_module.log_metrics(metrics)
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self._since is not None:
+            self._stop_clock(pl_module.device)
+
+    def _stop_clock(self, device: torch.device) -> None:
+        if device.type != "cpu":
+            torch.accelerator.synchronize(device)
+        self._interval_seconds += time.perf_counter() - self._since
+        self._since = None
+
+
+def peak_flops(device: torch.device, precision: str) -> float | None:
+    """Peak of 16-bit matrix products on this device, or None where it is not known or not what is used."""
+    if device.type != "cuda" or not precision.startswith(("bf16", "16")):
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for key, peak in PEAK_FLOPS.items() if key in name), None)

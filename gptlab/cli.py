@@ -1,0 +1,171 @@
+"""What all entry points share: the command line before Hydra sees it, sweep jobs as processes, errors as text.
+
+Exit status: 0 done, 1 failed, 2 a user's mistake, 130 interrupted.
+"""
+
+import functools
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from gptlab import config, runs
+
+VALUE_FLAGS = ("--cfg", "-c", "--package", "-p", "--config-path", "-cp", "--config-name", "-cn", "--config-dir", "-cd")
+TEXT_KEYS = ("prompt", "prompt_file", "ckpt")  # free text, which Hydra's grammar would trip over
+RESUME_MAY_CHANGE = ("trainer.", "data.workers", "data.micro_batch_size")
+
+hardware_note = ""  # which hardware was chosen and why, for the log
+
+
+def main(task: Callable[[Any], float | None], entry: str) -> None:
+    """Compose the config `conf/<entry>.yaml` with the command line and hand it to `task`."""
+    import hydra
+
+    config.register()
+    composed = False
+
+    @functools.wraps(task)
+    def job(cfg: Any) -> float | None:
+        nonlocal composed
+        composed = True
+        from hydra.core.hydra_config import HydraConfig
+        from hydra.types import RunMode
+
+        if HydraConfig.get().mode == RunMode.MULTIRUN:
+            return _sweep_job(entry)
+        return _report(task, cfg)
+
+    try:
+        sys.argv[1:] = _report(_prepare, sys.argv[1:], entry)
+        hydra.main(version_base="1.3", config_path=str(config.CONF), config_name=entry)(job)()
+    except SystemExit as stop:
+        sys.exit(stop.code if composed or stop.code != 1 else 2)  # Hydra's 1 while composing is a user's mistake
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _report(function: Callable, *args: Any) -> Any:
+    """Call it; print a user's mistake as its text alone and exit with 2. Mistakes are what gptlab's own code raises
+    as ValueError or FileNotFoundError, and configs that Hydra and OmegaConf cannot build."""
+    from hydra.errors import InstantiationException
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        return function(*args)
+    except (ValueError, FileNotFoundError, InstantiationException, OmegaConfBaseException) as error:
+        reason = error.__cause__ if isinstance(error, InstantiationException) and _is_ours(error.__cause__) else error
+        ours = isinstance(reason, (InstantiationException, OmegaConfBaseException)) or _is_ours(reason)
+        if not ours or os.environ.get("HYDRA_FULL_ERROR") == "1":
+            raise
+        print(f"\nerror: {reason}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _is_ours(error: BaseException | None) -> bool:
+    if not isinstance(error, (ValueError, FileNotFoundError)):
+        return False
+    raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
+    return Path(config.__file__).parent in Path(raised_in).parents
+
+
+def _prepare(argv: list[str], entry: str) -> list[str]:
+    """The command line as Hydra needs it: flags first, free text quoted, hardware chosen, a resume redirected."""
+    flags, overrides = _split(argv)
+    given = dict(override.partition("=")[::2] for override in overrides)
+    overrides = [f"{k}={_quote(v)}" if (k := o.partition("=")[0]) in TEXT_KEYS and (v := given[k]) != "null" else o for o in overrides]
+    if entry == "train":
+        if given.get("resume", "null") != "null":
+            flags, overrides = _resume(given.pop("resume"), flags, given)
+        elif "hardware" not in given and "--help" not in flags:
+            overrides.append(f"hardware={_detect_hardware()}")
+        if int(os.environ.get("RANK", "0")) > 0 or int(os.environ.get("LOCAL_RANK", "0")) > 0:
+            overrides.append("hydra/job_logging=none")  # the first process speaks for all
+            if "hydra.run.dir" not in given:  # torchrun: a folder would be composed from this process's own clock
+                overrides += ["hydra.output_subdir=null", f"hydra.run.dir={_quote(tempfile.mkdtemp())}"]
+    return flags + overrides
+
+
+def _split(argv: list[str]) -> tuple[list[str], list[str]]:
+    """Flags (with their values) and overrides, in whatever order they were typed."""
+    flags, overrides, rest = [], [], list(argv)
+    while rest:
+        argument = rest.pop(0)
+        if not argument.startswith("-"):
+            overrides.append(argument)
+            continue
+        flags.append(argument)
+        if argument in VALUE_FLAGS and rest:
+            flags.append(rest.pop(0))
+    return flags, overrides
+
+
+def _quote(text: str) -> str:
+    """As a quoted string of Hydra's grammar, word for word; text that is already quoted stays."""
+    if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"":
+        return text
+    escaped = re.sub(r"(\\*)('|\$\{|$)", lambda m: 2 * m[1] + ("\\" + m[2] if m[2] else ""), text)
+    return f"'{escaped}'"
+
+
+def _resume(run: str, flags: list[str], given: dict[str, str]) -> tuple[list[str], list[str]]:
+    """Compose from the run folder's resolved config instead of conf/, into that folder."""
+    refused = [key for key in given if not key.lstrip("+").startswith((*RESUME_MAY_CHANGE, "hydra"))]
+    if refused:
+        raise ValueError(
+            f"a resumed run keeps its config; not to be changed: {', '.join(refused)}. "
+            f"Allowed: trainer.*, data.workers, data.micro_batch_size"
+        )
+    folder = runs.find_run(run).resolve()
+    flags = [*flags, "--config-path", str(folder), "--config-name", "config", "--config-dir", str(config.CONF)]
+    overrides = [f"{key}={value}" for key, value in given.items()]
+    place = _quote(str(folder))
+    return flags, [*overrides, f"resume={place}", f"hydra.run.dir={place}", "hydra.output_subdir=null", "hydra/job_logging=gptlab"]
+
+
+def _detect_hardware() -> str:
+    """gpu or cpu. torch is imported only if something hints at an accelerator, so composing stays fast without."""
+    global hardware_note
+    driver = next((p for p in ("/proc/driver/nvidia", "/dev/kfd") if Path(p).exists()), None) or shutil.which("nvidia-smi")
+    if platform.system() == "Darwin" and platform.machine() == "arm64":
+        driver = "Apple silicon"
+    if driver is None:
+        hardware, why = "cpu", "no accelerator found"
+    else:
+        import torch
+
+        if torch.accelerator.is_available():
+            hardware, why = "gpu", f"torch sees a {torch.accelerator.current_accelerator().type} device"
+        else:
+            hardware, why = "cpu", f"{driver} is here, but this build of torch sees no accelerator"
+    other = "cpu" if hardware == "gpu" else "gpu"
+    hardware_note = f"hardware={hardware}: {why} (hardware={other} forces the other)"
+    return hardware
+
+
+def _sweep_job(entry: str) -> float:
+    """Run one job of a sweep in a process of its own, started as a user would start it; its metric is read from
+    the run folder."""
+    from hydra.core.hydra_config import HydraConfig
+
+    hydra_config = HydraConfig.get()
+    folder = Path(hydra_config.runtime.output_dir)
+    summary = folder / "summary.json"
+    summary.unlink(missing_ok=True)
+    flags, _ = _split(sys.argv[1:])
+    flags = [f for f in flags if f not in ("-m", "--multirun")]
+    command = [sys.executable, "-m", f"gptlab.{entry}", *flags, *hydra_config.overrides.task, f"hydra.run.dir={_quote(str(folder))}"]
+    ranks = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "NODE_RANK", "GROUP_RANK", "LOCAL_WORLD_SIZE", "PL_GLOBAL_SEED")
+    environment = {key: value for key, value in os.environ.items() if key not in ranks}
+    status = subprocess.run(command, env=environment).returncode
+    if status != 0 or not summary.exists():
+        raise RuntimeError(f"the job in {folder} ended with status {status}; its output is above and in {folder / 'train.log'}")
+    return json.loads(summary.read_text("utf-8"))["best"]["val/loss"]

@@ -1,0 +1,134 @@
+"""Windows of token ids: which sequences a step trains on, as a pure function of (seed, index), and validation.
+
+Sequence number i of a run starts at a position drawn from (seed, i). Step s takes the sequences
+s * batch_size ... (s + 1) * batch_size - 1, and each process a contiguous share of them. So what a step sees depends
+neither on the number of processes or workers nor on where a run was interrupted.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+
+def window_starts(seed: int, first: int, count: int, positions: int) -> np.ndarray:
+    """Start positions, in [0, positions), of the sequences first ... first + count - 1 of a run, (count,) int64.
+
+    Philox is a counter-based generator (Salmon et al. 2011): sequence i reads the block of random bits at counter i,
+    so any range of sequences is drawn at once and without those before it.
+    """
+    blocks = np.random.Philox(key=seed, counter=first).random_raw(4 * count)  # a counter's block is 4 words
+    return (blocks[::4] % np.uint64(positions)).astype(np.int64)
+
+
+def share(total: int, rank: int, world_size: int) -> range:
+    """The contiguous part of range(total) that falls to one of `world_size` processes; sizes differ by at most 1."""
+    return range(total * rank // world_size, total * (rank + 1) // world_size)
+
+
+class TrainSteps(Dataset):
+    """Item s: one process's share of the sequences of optimizer step s, (b, T + 1) int64."""
+
+    def __init__(self, ids: np.ndarray, block_size: int, batch_size: int, seed: int, rank: int, world_size: int) -> None:
+        self.ids, self.seed, self.batch_size = ids, seed, batch_size
+        self.offsets = np.arange(block_size + 1)
+        self.share = share(batch_size, rank, world_size)
+
+    def __getitem__(self, step: int) -> Tensor:
+        first = step * self.batch_size + self.share.start
+        starts = window_starts(self.seed, first, len(self.share), len(self.ids) - len(self.offsets) + 1)
+        return torch.from_numpy(self.ids[starts[:, None] + self.offsets].astype(np.int64))
+
+
+class StepsFrom(Sampler[int]):
+    """The steps that are left. Its length counts the finished ones too: that is how Lightning keeps its place."""
+
+    def __init__(self, start: int, stop: int) -> None:
+        self.start, self.stop = start, stop
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(self.start, self.stop))
+
+    def __len__(self) -> int:
+        return self.stop
+
+
+class ValBatches(Dataset):
+    """Windows side by side, so that each token but the first is predicted exactly once.
+
+    Item k is (ids (b, T + 1) int64, mask (b, T + 1) bool); the mask is False where the last window is filled up.
+    """
+
+    def __init__(self, ids: np.ndarray, block_size: int, windows: int | None, batch_size: int, rank: int, world_size: int) -> None:
+        total = -(-(len(ids) - 1) // block_size)
+        self.ids, self.block_size, self.batch_size = ids, block_size, batch_size
+        self.windows = share(min(total, windows or total), rank, world_size)
+
+    def __len__(self) -> int:
+        return -(-len(self.windows) // self.batch_size)
+
+    def __getitem__(self, k: int) -> tuple[Tensor, Tensor]:
+        windows = self.windows[k * self.batch_size : (k + 1) * self.batch_size]
+        at = np.asarray(windows)[:, None] * self.block_size + np.arange(self.block_size + 1)
+        mask = at < len(self.ids)
+        ids = self.ids[np.where(mask, at, 0)].astype(np.int64)
+        return torch.from_numpy(ids), torch.from_numpy(mask)
+
+
+class WindowData(L.LightningDataModule):
+    """Training and validation windows over two sequences of token ids.
+
+    A subclass's `setup` sets `tokenizer`, `train_ids`, `val_ids` (1-D unsigned integer arrays) and `record` (name and
+    checksums, plain values), and ends with `check_lengths`. `resolved` holds the config keys that preparing the data
+    decided, `warning` what the user must be told at the start and again at the end.
+    """
+
+    tokenizer: Any
+    train_ids: np.ndarray
+    val_ids: np.ndarray
+    record: dict[str, Any]
+
+    def __init__(
+        self,
+        *,
+        seed: int,
+        name: str | None,
+        block_size: int,
+        batch_size: int,
+        micro_batch_size: int | None,
+        val_windows: int | None,
+        workers: int,
+    ) -> None:
+        super().__init__()
+        self.seed, self.name, self.block_size, self.batch_size = seed, name, block_size, batch_size
+        self.micro_batch_size, self.val_windows, self.workers = micro_batch_size, val_windows, workers
+        self.resolved: dict[str, Any] = {}
+        self.warning: str | None = None
+
+    def check_lengths(self, source: str | Path) -> None:
+        """Raises ValueError unless both splits hold at least one window."""
+        for split, ids in (("training", self.train_ids), ("validation", self.val_ids)):
+            if len(ids) < self.block_size + 1:
+                raise ValueError(
+                    f"{source}: the {split} split has {len(ids)} tokens, and data.block_size={self.block_size} needs "
+                    f"at least {self.block_size + 1}: give a longer text or a smaller data.block_size"
+                )
+
+    def train_dataloader(self) -> DataLoader:
+        trainer = self.trainer
+        steps = TrainSteps(self.train_ids, self.block_size, self.batch_size, self.seed, trainer.global_rank, trainer.world_size)
+        return self._loader(steps, StepsFrom(trainer.global_step, trainer.max_steps))
+
+    def val_dataloader(self) -> DataLoader:
+        trainer = self.trainer
+        batch_size = self.micro_batch_size or max(self.batch_size, 64)  # without gradients larger batches fit, and are faster
+        batches = ValBatches(self.val_ids, self.block_size, self.val_windows, batch_size, trainer.global_rank, trainer.world_size)
+        return self._loader(batches, range(len(batches)))
+
+    def _loader(self, dataset: Dataset, sampler: Any) -> DataLoader:
+        return DataLoader(dataset, sampler=sampler, batch_size=None, num_workers=self.workers, persistent_workers=self.workers > 0)

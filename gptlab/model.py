@@ -1,0 +1,154 @@
+"""A GPT: the decoder-only transformer of GPT-2 (Radford et al. 2019), in pure PyTorch and with GPT-2's names.
+
+Shapes: B sequences, T positions, C channels (n_embd), H heads, V rows of the (padded) vocabulary.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
+    """Causal scaled dot-product attention: q, k, v and the result are (B, H, T, C // H)."""
+    return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
+
+
+class CausalSelfAttention(nn.Module):
+    def __init__(self, n_embd: int, n_head: int, dropout: float, bias: bool) -> None:
+        super().__init__()
+        self.n_head = n_head
+        self.dropout = dropout
+        self.c_attn = nn.Linear(n_embd, 3 * n_embd, bias=bias)
+        self.c_proj = nn.Linear(n_embd, n_embd, bias=bias)
+        self.resid_dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, T, C = x.shape
+        qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)  # (B, T, 3, H, C // H)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each (B, H, T, C // H)
+        y = attention(q, k, v, self.dropout if self.training else 0.0)
+        y = y.transpose(1, 2).reshape(B, T, C)  # the heads side by side again
+        return self.resid_dropout(self.c_proj(y))
+
+
+class MLP(nn.Module):
+    def __init__(self, n_embd: int, dropout: float, bias: bool) -> None:
+        super().__init__()
+        self.c_fc = nn.Linear(n_embd, 4 * n_embd, bias=bias)
+        self.c_proj = nn.Linear(4 * n_embd, n_embd, bias=bias)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.gelu(self.c_fc(x), approximate="tanh")  # GPT-2's GELU; (B, T, 4 C)
+        return self.dropout(self.c_proj(x))
+
+
+class Block(nn.Module):
+    def __init__(self, n_embd: int, n_head: int, dropout: float, bias: bool) -> None:
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(n_embd, bias=bias)
+        self.attn = CausalSelfAttention(n_embd, n_head, dropout, bias)
+        self.ln_2 = nn.LayerNorm(n_embd, bias=bias)
+        self.mlp = MLP(n_embd, dropout, bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attn(self.ln_1(x))
+        return x + self.mlp(self.ln_2(x))
+
+
+class GPT(nn.Module):
+    """Token ids (B, T) -> logits (B, T, V).
+
+    The keyword arguments are the keys of `conf/model/*.yaml`; `vocab_size` and `block_size` come from the data.
+    With `vocab_multiple` > 1 the vocabulary is padded up to a multiple of it (faster matrix products on GPUs); the
+    logits of the padding are -inf, so it takes no part in any loss and is never sampled.
+
+    Raises:
+        ValueError: a size that cannot be built; the text names the config key.
+    """
+
+    def __init__(
+        self,
+        *,
+        vocab_size: int,
+        block_size: int,
+        n_layer: int,
+        n_head: int,
+        n_embd: int,
+        dropout: float = 0.0,
+        bias: bool = False,
+        vocab_multiple: int = 1,
+    ) -> None:
+        super().__init__()
+        sizes = {"model.n_layer": n_layer, "model.n_head": n_head, "model.n_embd": n_embd,
+                 "model.vocab_multiple": vocab_multiple, "data.block_size": block_size, "vocab_size": vocab_size}  # fmt: skip
+        for key, size in sizes.items():
+            if size < 1:
+                raise ValueError(f"{key}={size}: it must be at least 1")
+        if n_embd % n_head:
+            raise ValueError(f"model.n_embd={n_embd} is not a multiple of model.n_head={n_head}: the heads share it evenly")
+        if not 0 <= dropout < 1:
+            raise ValueError(f"model.dropout={dropout}: it must be at least 0 and below 1")
+
+        self.vocab_size = vocab_size
+        self.block_size = block_size
+        padded = math.ceil(vocab_size / vocab_multiple) * vocab_multiple
+        self.transformer = nn.ModuleDict(
+            {
+                "wte": nn.Embedding(padded, n_embd),
+                "wpe": nn.Embedding(block_size, n_embd),
+                "drop": nn.Dropout(dropout),
+                "h": nn.ModuleList(Block(n_embd, n_head, dropout, bias) for _ in range(n_layer)),
+                "ln_f": nn.LayerNorm(n_embd, bias=bias),
+            }
+        )
+        self.lm_head = nn.Linear(n_embd, padded, bias=False)
+        self.lm_head.weight = self.transformer.wte.weight  # tied, as in GPT-2
+        padding = torch.zeros(padded).index_fill(0, torch.arange(vocab_size, padded), -math.inf)
+        self.register_buffer("padding", padding if padded > vocab_size else None, persistent=False)
+        self._init_weights(n_layer)
+
+    @torch.no_grad()
+    def _init_weights(self, n_layer: int) -> None:
+        """GPT-2's: N(0, 0.02); the projections into the residual stream by 1 / sqrt(their number) less; biases 0."""
+        for name, parameter in self.named_parameters():
+            if name.endswith("c_proj.weight"):
+                parameter.normal_(0.0, 0.02 / math.sqrt(2 * n_layer))
+            elif parameter.dim() == 2:
+                parameter.normal_(0.0, 0.02)
+            elif name.endswith("bias"):
+                parameter.zero_()
+
+    def forward(self, idx: Tensor) -> Tensor:
+        """Logits for the token after each position.
+
+        Args:
+            idx: token ids (B, T), int64 or int32, 1 <= T <= block_size, 0 <= id < vocab_size.
+
+        Raises:
+            ValueError: wrong rank, dtype or length; on a CPU also an id outside the (padded) vocabulary. (On a GPU
+                that check would make every step wait for the host; there `generate` and the data sets check.)
+        """
+        if idx.dim() != 2 or idx.dtype not in (torch.int64, torch.int32):
+            raise ValueError(f"token ids must be a (B, T) tensor of int64 or int32, not {tuple(idx.shape)} {idx.dtype}")
+        T = idx.shape[1]
+        if not 1 <= T <= self.block_size:
+            raise ValueError(f"a sequence of {T} tokens does not fit data.block_size={self.block_size} (and 1 is the least)")
+        try:
+            x = self.transformer.wte(idx)  # (B, T, C)
+        except IndexError:
+            raise ValueError(
+                f"token ids {idx.min().item()}..{idx.max().item()} reach outside the vocabulary 0..{self.vocab_size - 1}"
+            ) from None
+        x = self.transformer.drop(x + self.transformer.wpe.weight[:T])
+        for block in self.transformer.h:
+            x = block(x)
+        return F.linear(self.transformer.ln_f(x), self.lm_head.weight, self.padding)  # (B, T, V)
+
+    def flops_per_token(self) -> int:
+        """Floating-point operations of one training step per token, forward and backward: 6 N for the matrices and
+        12 L C T for attention at full length (PaLM, Chowdhery et al. 2022, appendix B)."""
+        matrices = sum(p.numel() for p in self.parameters()) - self.transformer.wpe.weight.numel()
+        return 6 * matrices + 12 * len(self.transformer.h) * self.transformer.wte.embedding_dim * self.block_size

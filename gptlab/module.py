@@ -1,0 +1,202 @@
+"""The LightningModule: what one optimizer step and one validation are.
+
+One Lightning batch is one optimizer step (manual optimisation), so Lightning's step, the schedule, the logs and the
+position in the data are one number. A batch is token ids (b, T + 1), or (ids, mask) with a mask of the same shape that
+is False on tokens which do not count as targets; the shift by one happens here and nowhere else.
+"""
+
+import contextlib
+import math
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchmetrics import Metric
+
+from gptlab import optim
+
+Batch = Tensor | tuple[Tensor, Tensor]
+
+
+class TokenMetrics(Metric):
+    """Loss per token, perplexity and bits per byte over all counted tokens, whatever the batches and processes."""
+
+    full_state_update = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("nats", torch.zeros(()), dist_reduce_fx="sum")
+        self.add_state("tokens", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+        self.add_state("bytes", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+
+    def update(self, nats: Tensor, tokens: Tensor, text_bytes: Tensor) -> None:
+        self.nats += nats
+        self.tokens += tokens
+        self.bytes += text_bytes
+
+    def compute(self) -> dict[str, float]:
+        nats, tokens, text_bytes = self.nats.item(), self.tokens.item(), self.bytes.item()
+        loss = nats / tokens
+        return {
+            "loss": loss,
+            "perplexity": math.exp(min(loss, 700.0)),  # beyond that a float overflows
+            "bits_per_byte": nats / math.log(2) / text_bytes,
+            "tokens": tokens,
+        }
+
+
+class GPTModule(L.LightningModule):
+    """Trains a model that maps ids (B, T) to logits (B, T, V).
+
+    Args:
+        optim_config: the keys of `conf/optim`.
+        token_bytes: bytes of text per token (vocab_size,), for bits per byte.
+        micro_batch_size: sequences per forward pass; None: the process's whole share at once.
+        log_every: optimizer steps between two lines of training metrics.
+        record: what a checkpoint says besides the weights: config, tokenizer, data; plain values.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        optim_config: dict[str, Any],
+        token_bytes: np.ndarray,
+        seed: int,
+        micro_batch_size: int | None,
+        log_every: int,
+        record: dict[str, Any],
+    ) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.model = model
+        self.optim_config, self.seed, self.record = optim_config, seed, record
+        self.micro_batch_size, self.log_every = micro_batch_size, log_every
+        self.register_buffer("token_bytes", torch.from_numpy(token_bytes), persistent=False)
+        # Since the last log: this process's part of the loss (times the number of processes), gradient norms,
+        # clipped steps, steps. The mean over the processes is what is logged, and what a checkpoint keeps.
+        self.register_buffer("interval", torch.zeros(4), persistent=False)
+        self.val_metrics = TokenMetrics()
+        self.logged: dict[str, float] = {}  # the newest value of every metric
+        self.validated: dict[str, float] = {}  # step and val/... of the newest validation
+        self.best: dict[str, float] = {}  # and of the one with the lowest loss after a training step
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        c = self.optim_config
+        fused = self.device.type in ("cpu", "cuda") and self.trainer.precision != "16-mixed"
+        return optim.adamw(self.model, lr=c["lr"], betas=tuple(c["betas"]), weight_decay=c["weight_decay"], fused=fused)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> None:
+        step = self.trainer.global_step  # finished ones
+        seed = np.random.SeedSequence([self.seed, step, self.global_rank]).generate_state(1, np.uint64)
+        torch.manual_seed(int(seed[0] >> np.uint64(1)))  # dropout depends on nothing but run, step and process
+        optimizer = self.optimizers()
+        for group in optimizer.param_groups:
+            group["lr"] = self._learning_rate(step)
+
+        loss = self.accumulate_gradients(batch)
+        with torch.autocast(self.device.type, enabled=False):
+            optimizer.step()  # clips on the way, in on_before_optimizer_step
+        optimizer.zero_grad(set_to_none=True)
+        self.interval[0] += loss
+        self.interval[3] += 1
+        if step + 1 == self.trainer.max_steps:
+            self.trainer.should_stop = True  # has Lightning validate after the last step, whatever val_every
+
+    def _learning_rate(self, step: int) -> float:
+        keys = ("schedule", "lr", "min_lr", "warmup_steps", "decay_steps")
+        return optim.learning_rate(step, **{key: self.optim_config[key] for key in keys})
+
+    def accumulate_gradients(self, batch: Batch) -> Tensor:
+        """Add the gradients of the mean loss over the *global* batch's counted tokens to the parameters, one
+        micro-batch at a time. The returned mean over the processes is that loss, in nats per token."""
+        ids, mask = batch if isinstance(batch, (tuple, list)) else (batch, None)
+        weight = self.trainer.world_size / self._counted_tokens(ids, mask)  # times their number: DDP averages over processes
+        size = self.micro_batch_size or len(ids)
+        micro_batches = list(zip(ids.split(size), mask.split(size) if mask is not None else [None] * len(ids)))  # noqa: B905
+        total = torch.zeros((), device=self.device)
+        for i, (micro_ids, micro_mask) in enumerate(micro_batches):
+            loss = self.nats(micro_ids, micro_mask) * weight
+            with self._gradients_stay_local(i + 1 < len(micro_batches)), torch.autocast(self.device.type, enabled=False):
+                self.manual_backward(loss)
+            total += loss.detach()
+        return total
+
+    def _counted_tokens(self, ids: Tensor, mask: Tensor | None) -> int | Tensor:
+        """How many tokens of the global batch count as targets (at least 1)."""
+        tokens = ids[:, 1:].numel() if mask is None else mask[:, 1:].sum()
+        if self.trainer.world_size > 1:
+            tokens = self.trainer.strategy.reduce(torch.as_tensor(tokens, device=self.device), reduce_op="sum")
+        return tokens.clamp(min=1) if isinstance(tokens, Tensor) else tokens
+
+    def _gradients_stay_local(self, local: bool) -> contextlib.AbstractContextManager:
+        """Under DDP, leave the all-reduce of gradients to the last micro-batch."""
+        block = getattr(self.trainer.strategy, "block_backward_sync", None)
+        return block() if local and block else contextlib.nullcontext()
+
+    def nats(self, ids: Tensor, mask: Tensor | None) -> Tensor:
+        """The summed loss, in nats, of predicting each counted token of ids (b, T + 1) from those before it."""
+        logits, targets = self.model(ids[:, :-1]), ids[:, 1:]
+        if mask is not None:
+            targets = targets.masked_fill(~mask[:, 1:], -100)
+        return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-100, reduction="sum")
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        # Here, not in training_step: only now are fp16 gradients unscaled.
+        limit = self.optim_config["grad_clip"]
+        if limit:
+            norm = nn.utils.clip_grad_norm_(self.model.parameters(), limit)
+            self.interval[2] += norm > limit
+        else:
+            norm = nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
+        self.interval[1] += norm
+
+    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
+        if self.trainer.global_step % self.log_every == 0 or self.trainer.should_stop:
+            loss, norm, clipped, steps = self._interval_mean().tolist()
+            self.interval.zero_()
+            self.log_metrics(
+                {
+                    "train/loss": loss / steps,
+                    "train/lr": self._learning_rate(self.trainer.global_step - 1),
+                    "train/grad_norm": norm / steps,
+                    "train/clipped_share": clipped / steps,
+                }
+            )
+
+    def _interval_mean(self) -> Tensor:
+        return self.trainer.strategy.reduce(self.interval.clone(), reduce_op="mean")
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        ids, mask = batch if isinstance(batch, (tuple, list)) else (batch, torch.ones_like(batch, dtype=torch.bool))
+        counted = mask[:, 1:]
+        self.val_metrics.update(self.nats(ids, mask), counted.sum(), self.token_bytes[ids[:, 1:]][counted].sum())
+
+    def on_validation_epoch_end(self) -> None:
+        metrics = {f"val/{name}": value for name, value in self.val_metrics.compute().items()}
+        self.val_metrics.reset()
+        self.validated = {"step": self.trainer.global_step, **metrics}
+        if not self.trainer.sanity_checking and not self.best.get("val/loss", math.inf) <= metrics["val/loss"]:
+            self.best = self.validated
+        self.log_metrics(metrics)
+
+    def log_metrics(self, metrics: dict[str, float]) -> None:
+        """To every logger under the number of finished steps (Lightning's own x-axis lags by one at validations), and
+        to Lightning for callbacks that monitor a metric."""
+        self.logged.update(metrics)
+        self.log_dict(metrics, logger=False)
+        for logger in self.loggers:
+            logger.log_metrics(metrics, step=self.trainer.global_step)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint.update(self.record, interval=self._interval_mean().cpu(), best=self.best, validated=self.validated)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        for key in ("data", "tokenizer"):
+            if checkpoint[key] != self.record[key]:
+                raise ValueError(f"the checkpoint's {key} is not this run's: {checkpoint[key]} against {self.record[key]}")
+        self.interval.copy_(checkpoint["interval"])
+        self.best, self.validated = checkpoint["best"], checkpoint["validated"]

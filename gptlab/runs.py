@@ -1,0 +1,108 @@
+"""The run folder: the only record of a run, and all that tables, samples and resumes are made from."""
+
+import hashlib
+import json
+import os
+import platform
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+
+def write_atomic(path: Path, content: bytes) -> None:
+    """Write a file so that it is either there whole or not at all, also after a crash or power cut."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_atomic(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode("utf-8"))
+
+
+def find_run(run: str) -> Path:
+    """The run folder of that name.
+
+    Raises:
+        FileNotFoundError: no folder there, or none of ours.
+    """
+    folder = Path(run).expanduser()
+    if not (folder / "config.yaml").is_file():
+        missing = "is not a run folder (it has no config.yaml)" if folder.is_dir() else "does not exist"
+        near = sorted(str(path.parent) for path in Path("outputs").glob("*/*/config.yaml"))
+        raise FileNotFoundError(f"{run} {missing}; the newest runs here: {', '.join(near[-3:]) or 'none under outputs/'}")
+    return folder
+
+
+def find_checkpoint(path: str, order: tuple[str, ...]) -> Path:
+    """A checkpoint file: the path itself, or the first of `order` (best, last, previous) in a run folder.
+
+    Raises:
+        FileNotFoundError: nothing there; the text lists what is.
+    """
+    at = Path(path).expanduser()
+    if at.is_file():
+        return at
+    folder = find_run(path) / "checkpoints"
+    for name in order:
+        if (folder / f"{name}.ckpt").is_file():
+            return folder / f"{name}.ckpt"
+    raise FileNotFoundError(f"{folder} holds none of {', '.join(f'{name}.ckpt' for name in order)}: the run saved nothing yet")
+
+
+def without_paths(resolved: dict[str, Any]) -> dict[str, Any]:
+    """The config for a checkpoint, which may travel: without the places of this machine's files."""
+    data = {key: None if key in ("path", "folder") else value for key, value in resolved["data"].items()}
+    return {**resolved, "data": data, "resume": None}
+
+
+def record(
+    run: Path, resolved: dict[str, Any], data: dict[str, str], tokenizer: dict, device: str, resumed_at: int | None
+) -> None:
+    """Write config.yaml, which a resume starts from, and run.json, which says how the run came about.
+
+    Raises:
+        ValueError: the folder holds a run already, and this is not a resume of it.
+    """
+    import yaml
+
+    about = run / "run.json"
+    if resumed_at is None and about.exists():
+        raise ValueError(f"{run} holds a run already; continue it with resume={run}, or give another hydra.run.dir")
+    this_time = {"command": [Path(sys.executable).name, *sys.orig_argv[1:]], "versions": _versions(), "git": _git(), "device": device}
+    if resumed_at is None:
+        vocabulary = hashlib.sha256(json.dumps(tokenizer, sort_keys=True).encode()).hexdigest()
+        machine = {key: resolved["trainer"][key] for key in ("accelerator", "precision", "devices")}
+        description = {**this_time, "resolved": machine, "data": data, "vocabulary_sha256": vocabulary, "tags": resolved["tags"]}
+    else:
+        description = json.loads(about.read_text("utf-8"))
+        description.setdefault("resumed", []).append({"step": resumed_at, **this_time})
+    (run / "summary.json").unlink(missing_ok=True)  # its presence means finished
+    write_atomic(run / "config.yaml", yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True).encode("utf-8"))
+    write_json(about, description)
+
+
+def _versions() -> dict[str, str]:
+    packages = ("gptlab", "torch", "lightning", "hydra-core", "omegaconf", "numpy")
+    return {"python": platform.python_version(), **{name: version(name) for name in packages}}
+
+
+def _git() -> dict[str, Any] | None:
+    """Commit of the working directory's repository, and whether its tracked files differ from it."""
+
+    def git(*args: str) -> str:
+        return subprocess.run(("git", *args), capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+
+    try:
+        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain", "--untracked-files=no"))}
+    except (OSError, subprocess.SubprocessError):
+        return None

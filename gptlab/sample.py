@@ -1,0 +1,68 @@
+"""python -m gptlab.sample: text from a checkpoint. Reads nothing but the checkpoint."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from gptlab import cli, runs
+
+
+def sample(cfg: Any) -> None:
+    """Write `num_samples` continuations of the prompt to standard output, as they are drawn."""
+    if cfg.ckpt is None:
+        raise ValueError("ckpt is missing: give a run folder or a checkpoint file, ckpt=outputs/NAME/DATE")
+    if cfg.num_samples < 1:
+        raise ValueError(f"num_samples={cfg.num_samples}: it must be at least 1")
+    path = runs.find_checkpoint(cfg.ckpt, ("best", "last", "previous"))
+    text = read_prompt(cfg.prompt, cfg.prompt_file)
+
+    import torch
+
+    from gptlab import checkpoint
+    from gptlab.generate import generate
+
+    device = choose_device(cfg.device)
+    model, tokenizer, _ = checkpoint.load(path, device)
+    if not text:  # a model needs a first token: the line break where there is one
+        text = "\n" if "\n" in tokenizer.chars else tokenizer.chars[0]
+    idx = torch.from_numpy(tokenizer.encode(text).astype("int64")).to(device)[None]
+    for i in range(cfg.num_samples):
+        generator = torch.Generator(device).manual_seed(cfg.seed + i)
+        if i:
+            print("\n" + "-" * 20)
+        print(text, end="")
+        for next_id in generate(model, idx, cfg.max_new_tokens, temperature=cfg.temperature, top_k=cfg.top_k, generator=generator):
+            print(tokenizer.decode(next_id.flatten().tolist()), end="", flush=True)
+        print()
+
+
+def read_prompt(prompt: str | None, prompt_file: str | None) -> str:
+    """Raises ValueError if both are given, FileNotFoundError if the file cannot be read."""
+    if prompt_file is None:
+        return prompt or ""
+    if prompt is not None:
+        raise ValueError("prompt and prompt_file exclude each other: give one of them")
+    try:
+        return Path(prompt_file).expanduser().read_bytes().decode("utf-8")
+    except OSError as error:
+        raise FileNotFoundError(f"prompt_file={prompt_file}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"prompt_file={prompt_file} is not UTF-8 text (byte {error.start})") from None
+
+
+def choose_device(device: str) -> Any:
+    """Raises ValueError for a device that torch does not know or see here."""
+    import torch
+
+    if device == "auto":
+        return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device={device} cannot be used here ({str(error).splitlines()[0]}); try device=cpu") from None
+    return torch.device(device)
+
+
+if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character is no reason to stop
+    cli.main(sample, "sample")

@@ -1,0 +1,253 @@
+"""python -m gptlab.train: one training run, from a composed config to a run folder."""
+
+import json
+import logging
+import os
+import sys
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+from gptlab import cli, config, runs
+
+log = logging.getLogger("gptlab")
+
+
+def train(cfg: Any) -> float:
+    """Train as the config says; returns the best validation loss, which a sweeper minimises."""
+    started = time.perf_counter()
+    run = Path(_hydra().runtime.output_dir)
+    config.check(cfg)
+    quiet_lightning()
+    settle_machine(cfg)
+    ckpt = runs.find_checkpoint(str(run), ("last", "previous")) if cfg.resume else None
+    start_step = checkpoint_step(ckpt) if ckpt else 0
+    if start_step >= cfg.trainer.max_steps and (run / "summary.json").exists():
+        return already_finished(run, start_step)
+
+    data = make_data(cfg)
+    resolved = plain(cfg)
+    module = make_module(resolved, data)
+    trainer = make_trainer(cfg, run, start_step, data.record)
+    if trainer.is_global_zero:
+        runs.record(run, resolved, data.record, data.tokenizer.state(), device_name(trainer), resumed_at=start_step if ckpt else None)
+        announce(run, data, module, trainer, start_step)
+    fit(trainer, module, data, ckpt, run)
+    summary = summarise(trainer, module, data, seconds=time.perf_counter() - started)
+    if trainer.is_global_zero:
+        runs.write_json(run / "summary.json", summary)
+        conclude(run, data, summary)
+    return summary["best"]["val/loss"]
+
+
+def settle_machine(cfg: Any) -> None:
+    """Decide what was left to the machine, and write the decision into the config.
+
+    Raises:
+        ValueError: an accelerator was asked for and torch sees none.
+    """
+    import torch
+
+    on_gpu = cfg.trainer.accelerator != "cpu"
+    if on_gpu and not torch.accelerator.is_available():
+        raise ValueError("hardware=gpu, but torch sees no accelerator: use hardware=cpu, or install a torch built for yours")
+    if cfg.trainer.precision == "auto":
+        cuda = on_gpu and torch.cuda.is_available()
+        cfg.trainer.precision = ("bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16") if cuda else "32"
+    if on_gpu:
+        torch.set_float32_matmul_precision("high")  # TF32 for what is left in 32 bits, as nanoGPT
+
+
+def quiet_lightning() -> None:
+    """Silence what a user can do nothing about: an advert, a second copy of each line, advice on loaders."""
+    import lightning  # noqa: F401  (its import installs the handlers)
+
+    for name in ("lightning", "lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).handlers.clear()
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for message in (".*does not have many workers", ".*dataloader is not resumable", ".*smaller than the logging interval",
+                    ".*sync_dist=True", ".*LeafSpec"):  # fmt: skip
+        warnings.filterwarnings("ignore", message)
+
+
+def make_data(cfg: Any) -> Any:
+    """The prepared data module; what preparing it decided goes into the config."""
+    from hydra.utils import instantiate
+
+    data = instantiate(cfg.data, seed=cfg.seed)
+    data.prepare_data()
+    data.setup("fit")
+    for key, value in data.resolved.items():
+        cfg.data[key] = value
+    return data
+
+
+def plain(cfg: Any) -> dict[str, Any]:
+    """The config as plain values, without interpolations, as it is saved."""
+    from omegaconf import OmegaConf
+
+    return {**OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True), "resume": None}
+
+
+def make_module(resolved: dict[str, Any], data: Any) -> Any:
+    import lightning as L
+    from hydra.utils import instantiate
+
+    from gptlab.module import GPTModule
+
+    L.seed_everything(resolved["seed"], verbose=False)
+    arguments = dict(resolved["model"])
+    compiled = arguments.pop("compile", False)
+    model = instantiate(arguments, vocab_size=data.tokenizer.vocab_size, block_size=data.block_size)
+    if compiled:
+        model.compile()  # in place: the parameters keep their names
+    return GPTModule(
+        model,
+        optim_config=resolved["optim"],
+        token_bytes=data.tokenizer.token_bytes(),
+        seed=resolved["seed"],
+        micro_batch_size=data.micro_batch_size,
+        log_every=resolved["trainer"]["log_every"],
+        record={"config": runs.without_paths(resolved), "tokenizer": data.tokenizer.state(), "data": data.record},
+    )
+
+
+def make_trainer(cfg: Any, run: Path, start_step: int, data_record: dict[str, str]) -> Any:
+    import lightning as L
+    from hydra.utils import instantiate
+    from lightning.pytorch.callbacks import Checkpoint
+
+    from gptlab.callbacks.checkpointing import AtomicCheckpointIO
+    from gptlab.metrics_file import MetricsFile
+
+    loggers = [MetricsFile(run / "metrics.jsonl", start_step, data_record)]
+    if cfg.logger is not None:
+        # TensorBoard hides what an interrupted run wrote after its last checkpoint
+        purge = {"purge_step": start_step + 1} if start_step and "TensorBoard" in cfg.logger._target_ else {}
+        loggers.append(instantiate(cfg.logger, save_dir=str(run), **purge))
+    callbacks = [instantiate(callback) for callback in (cfg.callbacks or {}).values()]
+    t = cfg.trainer
+    return L.Trainer(
+        default_root_dir=run,
+        accelerator=t.accelerator,
+        devices=t.devices,
+        num_nodes=t.num_nodes,
+        strategy=t.strategy,
+        precision=config.PRECISIONS[t.precision],
+        max_steps=t.max_steps,
+        max_epochs=-1,
+        val_check_interval=t.val_every,
+        check_val_every_n_epoch=None,
+        num_sanity_val_steps=-1,  # the whole validation at step 0
+        logger=loggers,
+        log_every_n_steps=t.log_every,
+        callbacks=callbacks,
+        enable_checkpointing=any(isinstance(callback, Checkpoint) for callback in callbacks),
+        plugins=[AtomicCheckpointIO()],
+        use_distributed_sampler=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        **t.extra,
+    )
+
+
+def fit(trainer: Any, module: Any, data: Any, ckpt: Path | None, run: Path) -> None:
+    from tqdm.contrib.logging import logging_redirect_tqdm
+
+    for logger in trainer.loggers:
+        logger.log_hyperparams(module.record["config"])
+    try:
+        with logging_redirect_tqdm():
+            trainer.fit(module, data, ckpt_path=ckpt, weights_only=True)
+    except SystemExit:  # what Lightning makes of Ctrl-C
+        log.info("\ninterrupted at step %d; to go on from the last checkpoint:\n  %s", trainer.global_step, resume_command(run))
+        sys.exit(130)
+
+
+def checkpoint_step(ckpt: Path) -> int:
+    import torch
+
+    return torch.load(ckpt, map_location="cpu", weights_only=True, mmap=True)["global_step"]
+
+
+def already_finished(run: Path, step: int) -> float:
+    log.info("this run has finished its %d steps; to train longer:\n  %s trainer.max_steps=%d", step, resume_command(run), 2 * step)
+    return json.loads((run / "summary.json").read_text("utf-8"))["best"]["val/loss"]
+
+
+def device_name(trainer: Any) -> str:
+    import torch
+
+    device = trainer.strategy.root_device
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type} ({torch.get_num_threads()} threads)" if device.type == "cpu" else device.type
+
+
+def announce(run: Path, data: Any, module: Any, trainer: Any, start_step: int) -> None:
+    if data.warning:
+        log.warning("\n*** WARNING: %s ***\n", data.warning)
+    parameters = sum(p.numel() for p in module.model.parameters())
+    if cli.hardware_note:
+        log.info(cli.hardware_note)
+    log.info("device: %d x %s, precision %s", trainer.world_size, device_name(trainer), trainer.precision)
+    log.info("data: %s, vocabulary of %d tokens", data.record["name"], data.tokenizer.vocab_size)
+    log.info("model: %s parameters", f"{parameters:,}")
+    tokens = f"{data.batch_size * data.block_size:,}"
+    log.info("tokens per optimizer step: %s (%d sequences x %d tokens)", tokens, data.batch_size, data.block_size)
+    log.info("run folder: %s%s", shown(run), f", going on at step {start_step}" if start_step else "")
+
+
+def summarise(trainer: Any, module: Any, data: Any, seconds: float) -> dict[str, Any]:
+    from gptlab.callbacks.throughput import Throughput
+
+    speeds = [callback.tokens_per_s for callback in trainer.callbacks if isinstance(callback, Throughput)]
+    return {
+        "status": "finished",
+        "steps": trainer.global_step,
+        "best": module.best,
+        "last": module.validated,
+        "tokens_per_s": speeds[0] if speeds else None,
+        "seconds": seconds,
+        "data": data.record,
+        "checkpoint": "checkpoints/best.ckpt",
+    }
+
+
+def conclude(run: Path, data: Any, summary: dict[str, Any]) -> None:
+    best, place = summary["best"], shown(run)
+    speed = f", {summary['tokens_per_s']:,.0f} tokens/s" if summary["tokens_per_s"] else ""
+    log.info("\n%d steps in %.0f s%s", summary["steps"], summary["seconds"], speed)
+    log.info(
+        "best validation loss %.4f nats per token, %.4f bits per byte, at step %d (on %s)",
+        best["val/loss"], best["val/bits_per_byte"], best["step"], data.record["name"],
+    )  # fmt: skip
+    if data.warning:
+        log.warning("\n*** WARNING: %s ***", data.warning)
+    log.info("run folder: %s\n\nnext:", place)
+    log.info("  python -m gptlab.sample ckpt=%s", place)
+    log.info("  tensorboard --logdir %s", place)
+    log.info("  %s trainer.max_steps=%d", resume_command(run), 2 * summary["steps"])
+
+
+def resume_command(run: Path) -> str:
+    return f"python -m gptlab.train resume={shown(run)}"
+
+
+def shown(path: Path) -> str:
+    """The path as a user would type it here."""
+    import shlex
+
+    near = path.is_relative_to(Path.cwd())
+    return shlex.quote(os.path.relpath(path) if near else str(path))
+
+
+def _hydra() -> Any:
+    from hydra.core.hydra_config import HydraConfig
+
+    return HydraConfig.get()
+
+
+if __name__ == "__main__":
+    cli.main(train, "train")
