@@ -3,6 +3,7 @@
 Exit status: 0 done, 1 failed, 2 a user's mistake, 130 interrupted.
 """
 
+import contextlib
 import functools
 import json
 import os
@@ -13,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,43 +31,46 @@ def main(task: Callable[[Any], float | None], entry: str) -> None:
     """Compose the config `conf/<entry>.yaml` with the command line and hand it to `task`."""
     import hydra
 
-    config.register()
-    composed = False
+    show_all = os.environ.get("HYDRA_FULL_ERROR")
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # while composing: errors come here as they are, and Hydra prints none itself
 
     @functools.wraps(task)
     def job(cfg: Any) -> float | None:
-        nonlocal composed
-        composed = True
         from hydra.core.hydra_config import HydraConfig
         from hydra.types import RunMode
 
+        os.environ.pop("HYDRA_FULL_ERROR") if show_all is None else os.environ.update(HYDRA_FULL_ERROR=show_all)
         if HydraConfig.get().mode == RunMode.MULTIRUN:
             return _sweep_job(entry)
-        return _report(task, cfg)
+        with _mistakes_as_text(show_all == "1"):
+            return task(cfg)
 
-    try:
-        sys.argv[1:] = _report(_prepare, sys.argv[1:], entry)
+    config.register()
+    with _mistakes_as_text(show_all == "1"):
+        sys.argv[1:] = _prepare(sys.argv[1:], entry)
         hydra.main(version_base="1.3", config_path=str(config.CONF), config_name=entry)(job)()
-    except SystemExit as stop:
-        sys.exit(stop.code if composed or stop.code != 1 else 2)  # Hydra's 1 while composing is a user's mistake
-    except KeyboardInterrupt:
-        sys.exit(130)
 
 
-def _report(function: Callable, *args: Any) -> Any:
-    """Call it; print a user's mistake as its text alone and exit with 2. Mistakes are what gptlab's own code raises
-    as ValueError or FileNotFoundError, and configs that Hydra and OmegaConf cannot build."""
-    from hydra.errors import InstantiationException
+@contextlib.contextmanager
+def _mistakes_as_text(show_all: bool) -> Iterator[None]:
+    """Print a user's mistake as its text alone and exit with 2. Mistakes are the ValueErrors and FileNotFoundErrors
+    that gptlab's own code raises, and configs that Hydra and OmegaConf cannot compose or build."""
+    from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
     try:
-        return function(*args)
-    except (ValueError, FileNotFoundError, InstantiationException, OmegaConfBaseException) as error:
-        reason = error.__cause__ if isinstance(error, InstantiationException) and _is_ours(error.__cause__) else error
-        ours = isinstance(reason, (InstantiationException, OmegaConfBaseException)) or _is_ours(reason)
-        if not ours or os.environ.get("HYDRA_FULL_ERROR") == "1":
+        yield
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except (ValueError, FileNotFoundError, HydraException, OmegaConfBaseException) as error:
+        from_config = isinstance(error, (HydraException, OmegaConfBaseException))
+        if show_all or not (from_config or _is_ours(error)):
             raise
-        print(f"\nerror: {reason}", file=sys.stderr)
+        causes = [error.__cause__] if from_config and error.__cause__ else []
+        reasons = causes if causes and _is_ours(causes[0]) else [error, *causes]
+        print("\nerror: " + "\n".join(str(reason) for reason in reasons), file=sys.stderr)
+        if from_config and reasons[0] is error:
+            print("(HYDRA_FULL_ERROR=1 shows where it comes from)", file=sys.stderr)
         sys.exit(2)
 
 

@@ -31,7 +31,7 @@ class GPTConfig:
 class WindowsConfig:
     """What every data set of token windows takes."""
 
-    name: str | None = MISSING
+    name: str = MISSING
     block_size: int = MISSING  # tokens that the model sees at once
     batch_size: int = MISSING  # sequences per optimizer step, over all processes
     micro_batch_size: int | None = None  # sequences per forward pass in one process; null: its whole share

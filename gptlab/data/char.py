@@ -11,8 +11,8 @@ from gptlab.tokenizer import CharTokenizer
 class CharData(WindowData):
     """The first 90 % of a text's characters for training, the last 10 % for validation (nanoGPT's split).
 
-    The text is the file `path`; else the download `url`, kept in `folder`; else the standard library's documentation.
-    Where a download fails, `fallback=python_docs` goes on with that documentation, under its own name and with a
+    The text is the file `path`, else the download `url`, kept in `folder`; under the name python_docs it is the
+    standard library's documentation. Where a download fails, `fallback=python_docs` goes on with that documentation, under its own name and with a
     warning.
 
     Raises:
@@ -39,12 +39,16 @@ class CharData(WindowData):
     def prepare_data(self) -> None:
         if self._text is not None:
             return
-        if self.path is not None:
+        if self.name == PYTHON_DOCS:
+            if self.path is not None:
+                raise ValueError(f"data={PYTHON_DOCS} takes no data.path; for a text of your own: data=text data.path={self.path}")
+            self._text = python_docs()
+        elif self.path is not None:
             self._text = self._read(Path(self.path).expanduser())
         elif self.url is not None:
             self._text = self._fetch()
         else:
-            self._text = python_docs()
+            raise ValueError(f"data.path is missing: data={self.name} needs data.path=FILE")
 
     def _read(self, path: Path) -> str:
         try:
@@ -58,8 +62,7 @@ class CharData(WindowData):
                 f"data.path={path} has SHA-256 {digest(content)}, but {self.name} has {self.sha256}: "
                 "it is another text or a changed copy. For a text of your own: data=text data.path=FILE"
             )
-        self.name = self.name or path.stem
-        self.resolved = {"name": self.name, "path": str(path.resolve())}
+        self.resolved = {"path": str(path.resolve())}
         try:
             return content.decode("utf-8")
         except UnicodeDecodeError as error:

@@ -97,7 +97,7 @@ class WindowData(L.LightningDataModule):
         self,
         *,
         seed: int,
-        name: str | None,
+        name: str,
         block_size: int,
         batch_size: int,
         micro_batch_size: int | None,
