@@ -25,7 +25,9 @@ def load(path: Path, device: str | torch.device = "cpu") -> tuple[GPT, CharToken
         sizes = dict(config["model"])
         block_size = config["data"]["block_size"]
     except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is not a checkpoint of gptlab, or it is damaged ({type(error).__name__}: {error})") from None
+        raise ValueError(
+            f"{path} is not a checkpoint of gptlab, or it is damaged ({type(error).__name__}: {error})"
+        ) from None
     target = sizes.pop("_target_", None)
     if target != GPTConfig._target_:
         raise ValueError(f"{path} holds a model of the class {target}; only {GPTConfig._target_} can be loaded")

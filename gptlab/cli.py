@@ -39,7 +39,7 @@ def main(task: Callable[[Any], float | None], entry: str) -> None:
         from hydra.core.hydra_config import HydraConfig
         from hydra.types import RunMode
 
-        os.environ.pop("HYDRA_FULL_ERROR") if show_all is None else os.environ.update(HYDRA_FULL_ERROR=show_all)
+        os.environ.pop("HYDRA_FULL_ERROR", None) if show_all is None else os.environ.update(HYDRA_FULL_ERROR=show_all)
         if HydraConfig.get().mode == RunMode.MULTIRUN:
             return _sweep_job(entry)
         with _mistakes_as_text(show_all == "1"):
@@ -85,16 +85,20 @@ def _prepare(argv: list[str], entry: str) -> list[str]:
     """The command line as Hydra needs it: flags first, free text quoted, hardware chosen, a resume redirected."""
     flags, overrides = _split(argv)
     given = dict(override.partition("=")[::2] for override in overrides)
-    overrides = [f"{k}={_quote(v)}" if (k := o.partition("=")[0]) in TEXT_KEYS and (v := given[k]) != "null" else o for o in overrides]
-    if entry == "train":
-        if given.get("resume", "null") != "null":
-            flags, overrides = _resume(given.pop("resume"), flags, given)
-        elif "hardware" not in given and "--help" not in flags:
+    if given.get("hydra.job.name", "").startswith("train_ddp_process_"):  # Lightning started us with what it says below
+        return [*flags, *overrides, "hydra/job_logging=none"]
+    if entry != "train":
+        return flags + [f"{key}={_quote(text)}" if key in TEXT_KEYS else f"{key}={text}" for key, text in given.items()]
+    rank = int(os.environ.get("RANK", "0"))
+    if given.get("resume", "null") != "null":
+        flags, overrides = _resume(given.pop("resume"), flags, given)
+    else:
+        if "hardware" not in given:
             overrides.append(f"hardware={_detect_hardware()}")
-        if int(os.environ.get("RANK", "0")) > 0 or int(os.environ.get("LOCAL_RANK", "0")) > 0:
-            overrides.append("hydra/job_logging=none")  # the first process speaks for all
-            if "hydra.run.dir" not in given:  # torchrun: a folder would be composed from this process's own clock
-                overrides += ["hydra.output_subdir=null", f"hydra.run.dir={_quote(tempfile.mkdtemp())}"]
+        if rank > 0:  # under torchrun; composed here, the folder's name would come from this process's own clock
+            overrides += ["hydra.output_subdir=null", f"hydra.run.dir={_quote(tempfile.mkdtemp())}"]
+    if rank > 0:
+        overrides.append("hydra/job_logging=none")  # the first process speaks for all
     return flags + overrides
 
 
@@ -113,8 +117,8 @@ def _split(argv: list[str]) -> tuple[list[str], list[str]]:
 
 
 def _quote(text: str) -> str:
-    """As a quoted string of Hydra's grammar, word for word; text that is already quoted stays."""
-    if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"":
+    """As a quoted string of Hydra's grammar, word for word; null and text that is already quoted stay."""
+    if text == "null" or (len(text) > 1 and text[0] == text[-1] and text[0] in "'\""):
         return text
     escaped = re.sub(r"(\\*)('|\$\{|$)", lambda m: 2 * m[1] + ("\\" + m[2] if m[2] else ""), text)
     return f"'{escaped}'"
@@ -132,13 +136,21 @@ def _resume(run: str, flags: list[str], given: dict[str, str]) -> tuple[list[str
     flags = [*flags, "--config-path", str(folder), "--config-name", "config", "--config-dir", str(config.CONF)]
     overrides = [f"{key}={value}" for key, value in given.items()]
     place = _quote(str(folder))
-    return flags, [*overrides, f"resume={place}", f"hydra.run.dir={place}", "hydra.output_subdir=null", "hydra/job_logging=gptlab"]
+    return flags, [
+        *overrides,
+        f"resume={place}",
+        f"hydra.run.dir={place}",
+        "hydra.output_subdir=null",
+        "hydra/job_logging=gptlab",
+    ]
 
 
 def _detect_hardware() -> str:
     """gpu or cpu. torch is imported only if something hints at an accelerator, so composing stays fast without."""
     global hardware_note
-    driver = next((p for p in ("/proc/driver/nvidia", "/dev/kfd") if Path(p).exists()), None) or shutil.which("nvidia-smi")
+    driver = next((p for p in ("/proc/driver/nvidia", "/dev/kfd") if Path(p).exists()), None) or shutil.which(
+        "nvidia-smi"
+    )
     if platform.system() == "Darwin" and platform.machine() == "arm64":
         driver = "Apple silicon"
     if driver is None:
@@ -162,14 +174,21 @@ def _sweep_job(entry: str) -> float:
 
     hydra_config = HydraConfig.get()
     folder = Path(hydra_config.runtime.output_dir)
-    summary = folder / "summary.json"
-    summary.unlink(missing_ok=True)
     flags, _ = _split(sys.argv[1:])
     flags = [f for f in flags if f not in ("-m", "--multirun")]
-    command = [sys.executable, "-m", f"gptlab.{entry}", *flags, *hydra_config.overrides.task, f"hydra.run.dir={_quote(str(folder))}"]
+    command = [
+        sys.executable,
+        "-m",
+        f"gptlab.{entry}",
+        *flags,
+        *hydra_config.overrides.task,
+        f"hydra.run.dir={_quote(str(folder))}",
+    ]
     ranks = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "NODE_RANK", "GROUP_RANK", "LOCAL_WORLD_SIZE", "PL_GLOBAL_SEED")
     environment = {key: value for key, value in os.environ.items() if key not in ranks}
     status = subprocess.run(command, env=environment).returncode
-    if status != 0 or not summary.exists():
-        raise RuntimeError(f"the job in {folder} ended with status {status}; its output is above and in {folder / 'train.log'}")
-    return json.loads(summary.read_text("utf-8"))["best"]["val/loss"]
+    if status != 0:
+        raise RuntimeError(
+            f"the job in {folder} ended with status {status}; its output is above and in {folder / 'train.log'}"
+        )
+    return json.loads((folder / "summary.json").read_text("utf-8"))["best"]["val/loss"]

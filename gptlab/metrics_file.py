@@ -34,7 +34,7 @@ class MetricsFile(Logger):
                     break
                 kept.append(line)
         write_atomic(self.path, "".join(kept).encode("utf-8"))
-        self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115: stays open for the run
+        self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115  (stays open for the run)
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:

@@ -88,7 +88,9 @@ class GPT(nn.Module):
             if size < 1:
                 raise ValueError(f"{key}={size}: it must be at least 1")
         if n_embd % n_head:
-            raise ValueError(f"model.n_embd={n_embd} is not a multiple of model.n_head={n_head}: the heads share it evenly")
+            raise ValueError(
+                f"model.n_embd={n_embd} is not a multiple of model.n_head={n_head}: the heads share it evenly"
+            )
         if not 0 <= dropout < 1:
             raise ValueError(f"model.dropout={dropout}: it must be at least 0 and below 1")
 
@@ -135,7 +137,9 @@ class GPT(nn.Module):
             raise ValueError(f"token ids must be a (B, T) tensor of int64 or int32, not {tuple(idx.shape)} {idx.dtype}")
         T = idx.shape[1]
         if not 1 <= T <= self.block_size:
-            raise ValueError(f"a sequence of {T} tokens does not fit data.block_size={self.block_size} (and 1 is the least)")
+            raise ValueError(
+                f"a sequence of {T} tokens does not fit data.block_size={self.block_size} (and 1 is the least)"
+            )
         try:
             x = self.transformer.wte(idx)  # (B, T, C)
         except IndexError:

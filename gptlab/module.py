@@ -114,13 +114,18 @@ class GPTModule(L.LightningModule):
         """Add the gradients of the mean loss over the *global* batch's counted tokens to the parameters, one
         micro-batch at a time. The returned mean over the processes is that loss, in nats per token."""
         ids, mask = batch if isinstance(batch, (tuple, list)) else (batch, None)
-        weight = self.trainer.world_size / self._counted_tokens(ids, mask)  # times their number: DDP averages over processes
+        weight = self.trainer.world_size / self._counted_tokens(
+            ids, mask
+        )  # times their number: DDP averages over processes
         size = self.micro_batch_size or len(ids)
         micro_batches = list(zip(ids.split(size), mask.split(size) if mask is not None else [None] * len(ids)))  # noqa: B905
         total = torch.zeros((), device=self.device)
         for i, (micro_ids, micro_mask) in enumerate(micro_batches):
             loss = self.nats(micro_ids, micro_mask) * weight
-            with self._gradients_stay_local(i + 1 < len(micro_batches)), torch.autocast(self.device.type, enabled=False):
+            with (
+                self._gradients_stay_local(i + 1 < len(micro_batches)),
+                torch.autocast(self.device.type, enabled=False),
+            ):
                 self.manual_backward(loss)
             total += loss.detach()
         return total
@@ -197,6 +202,8 @@ class GPTModule(L.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         for key in ("data", "tokenizer"):
             if checkpoint[key] != self.record[key]:
-                raise ValueError(f"the checkpoint's {key} is not this run's: {checkpoint[key]} against {self.record[key]}")
+                raise ValueError(
+                    f"the checkpoint's {key} is not this run's: {checkpoint[key]} against {self.record[key]}"
+                )
         self.interval.copy_(checkpoint["interval"])
         self.best, self.validated = checkpoint["best"], checkpoint["validated"]

@@ -18,7 +18,9 @@ def decay_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     ]
 
 
-def adamw(model: nn.Module, *, lr: float, betas: tuple[float, float], weight_decay: float, fused: bool) -> torch.optim.AdamW:
+def adamw(
+    model: nn.Module, *, lr: float, betas: tuple[float, float], weight_decay: float, fused: bool
+) -> torch.optim.AdamW:
     """AdamW (Loshchilov & Hutter 2019). `fused` must be off where a gradient scaler is used: a fused step unscales
     the gradients itself, after they were clipped."""
     return torch.optim.AdamW(decay_groups(model, weight_decay), lr=lr, betas=betas, fused=fused)

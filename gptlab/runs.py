@@ -39,7 +39,9 @@ def find_run(run: str) -> Path:
     if not (folder / "config.yaml").is_file():
         missing = "is not a run folder (it has no config.yaml)" if folder.is_dir() else "does not exist"
         near = sorted(str(path.parent) for path in Path("outputs").glob("*/*/config.yaml"))
-        raise FileNotFoundError(f"{run} {missing}; the newest runs here: {', '.join(near[-3:]) or 'none under outputs/'}")
+        raise FileNotFoundError(
+            f"{run} {missing}; the newest runs here: {', '.join(near[-3:]) or 'none under outputs/'}"
+        )
     return folder
 
 
@@ -56,7 +58,9 @@ def find_checkpoint(path: str, order: tuple[str, ...]) -> Path:
     for name in order:
         if (folder / f"{name}.ckpt").is_file():
             return folder / f"{name}.ckpt"
-    raise FileNotFoundError(f"{folder} holds none of {', '.join(f'{name}.ckpt' for name in order)}: the run saved nothing yet")
+    raise FileNotFoundError(
+        f"{folder} holds none of {', '.join(f'{name}.ckpt' for name in order)}: the run saved nothing yet"
+    )
 
 
 def without_paths(resolved: dict[str, Any]) -> dict[str, Any]:
@@ -78,11 +82,22 @@ def record(
     about = run / "run.json"
     if resumed_at is None and about.exists():
         raise ValueError(f"{run} holds a run already; continue it with resume={run}, or give another hydra.run.dir")
-    this_time = {"command": [Path(sys.executable).name, *sys.orig_argv[1:]], "versions": _versions(), "git": _git(), "device": device}
+    this_time = {
+        "command": [Path(sys.executable).name, *sys.orig_argv[1:]],
+        "versions": _versions(),
+        "git": _git(),
+        "device": device,
+    }
     if resumed_at is None:
         vocabulary = hashlib.sha256(json.dumps(tokenizer, sort_keys=True).encode()).hexdigest()
         machine = {key: resolved["trainer"][key] for key in ("accelerator", "precision", "devices")}
-        description = {**this_time, "resolved": machine, "data": data, "vocabulary_sha256": vocabulary, "tags": resolved["tags"]}
+        description = {
+            **this_time,
+            "resolved": machine,
+            "data": data,
+            "vocabulary_sha256": vocabulary,
+            "tags": resolved["tags"],
+        }
     else:
         description = json.loads(about.read_text("utf-8"))
         description.setdefault("resumed", []).append({"step": resumed_at, **this_time})

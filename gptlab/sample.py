@@ -31,7 +31,9 @@ def sample(cfg: Any) -> None:
         if i:
             print("\n" + "-" * 20)
         print(text, end="")
-        for next_id in generate(model, idx, cfg.max_new_tokens, temperature=cfg.temperature, top_k=cfg.top_k, generator=generator):
+        for next_id in generate(
+            model, idx, cfg.max_new_tokens, temperature=cfg.temperature, top_k=cfg.top_k, generator=generator
+        ):
             print(tokenizer.decode(next_id.flatten().tolist()), end="", flush=True)
         print()
 
@@ -59,7 +61,9 @@ def choose_device(device: str) -> Any:
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device={device} cannot be used here ({str(error).splitlines()[0]}); try device=cpu") from None
+        raise ValueError(
+            f"device={device} cannot be used here ({str(error).splitlines()[0]}); try device=cpu"
+        ) from None
     return torch.device(device)
 
 

@@ -31,7 +31,14 @@ def train(cfg: Any) -> float:
     module = make_module(resolved, data)
     trainer = make_trainer(cfg, run, start_step, data.record)
     if trainer.is_global_zero:
-        runs.record(run, resolved, data.record, data.tokenizer.state(), device_name(trainer), resumed_at=start_step if ckpt else None)
+        runs.record(
+            run,
+            resolved,
+            data.record,
+            data.tokenizer.state(),
+            device_name(trainer),
+            resumed_at=start_step if ckpt else None,
+        )
         announce(run, data, module, trainer, start_step)
     fit(trainer, module, data, ckpt, run)
     summary = summarise(trainer, module, data, seconds=time.perf_counter() - started)
@@ -51,10 +58,14 @@ def settle_machine(cfg: Any) -> None:
 
     on_gpu = cfg.trainer.accelerator != "cpu"
     if on_gpu and not torch.accelerator.is_available():
-        raise ValueError("hardware=gpu, but torch sees no accelerator: use hardware=cpu, or install a torch built for yours")
+        raise ValueError(
+            "hardware=gpu, but torch sees no accelerator: use hardware=cpu, or install a torch built for yours"
+        )
     if cfg.trainer.precision == "auto":
         cuda = on_gpu and torch.cuda.is_available()
-        cfg.trainer.precision = ("bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16") if cuda else "32"
+        cfg.trainer.precision = (
+            ("bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16") if cuda else "32"
+        )
     if on_gpu:
         torch.set_float32_matmul_precision("high")  # TF32 for what is left in 32 bits, as nanoGPT
 
@@ -161,7 +172,11 @@ def fit(trainer: Any, module: Any, data: Any, ckpt: Path | None, run: Path) -> N
         with logging_redirect_tqdm():
             trainer.fit(module, data, ckpt_path=ckpt, weights_only=True)
     except SystemExit:  # what Lightning makes of Ctrl-C
-        log.info("\ninterrupted at step %d; to go on from the last checkpoint:\n  %s", trainer.global_step, resume_command(run))
+        log.info(
+            "\ninterrupted at step %d; to go on from the last checkpoint:\n  %s",
+            trainer.global_step,
+            resume_command(run),
+        )
         sys.exit(130)
 
 
@@ -172,7 +187,12 @@ def checkpoint_step(ckpt: Path) -> int:
 
 
 def already_finished(run: Path, step: int) -> float:
-    log.info("this run has finished its %d steps; to train longer:\n  %s trainer.max_steps=%d", step, resume_command(run), 2 * step)
+    log.info(
+        "this run has finished its %d steps; to train longer:\n  %s trainer.max_steps=%d",
+        step,
+        resume_command(run),
+        2 * step,
+    )
     return json.loads((run / "summary.json").read_text("utf-8"))["best"]["val/loss"]
 
 

@@ -35,7 +35,9 @@ class Progress(L.Callback):
                 text += f", {logged['train/tokens_per_s']:,.0f} tokens/s"
             self._bar.set_postfix_str(text, refresh=False)
 
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs, batch, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs, batch, batch_idx: int
+    ) -> None:
         if self._bar is not None:
             self._bar.update()
 
@@ -44,7 +46,11 @@ class Progress(L.Callback):
             v = pl_module.validated
             width = len(str(trainer.max_steps))
             log.info(
-                "step %*d: validation loss %.4f, %.4f bits per byte", width, v["step"], v["val/loss"], v["val/bits_per_byte"]
+                "step %*d: validation loss %.4f, %.4f bits per byte",
+                width,
+                v["step"],
+                v["val/loss"],
+                v["val/bits_per_byte"],
             )
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

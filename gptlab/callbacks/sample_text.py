@@ -21,7 +21,9 @@ class SampleText(L.Callback):
         self.prompt, self.max_new_tokens, self.temperature, self.top_k = prompt, max_new_tokens, temperature, top_k
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        self._ids = trainer.datamodule.tokenizer.encode(self.prompt)  # a prompt that cannot be encoded fails here, early
+        self._ids = trainer.datamodule.tokenizer.encode(
+            self.prompt
+        )  # a prompt that cannot be encoded fails here, early
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.sanity_checking or not trainer.is_global_zero:
@@ -32,7 +34,12 @@ class SampleText(L.Callback):
             new = [
                 int(next_id)
                 for next_id in generate(
-                    pl_module.model, idx, self.max_new_tokens, temperature=self.temperature, top_k=self.top_k, generator=generator
+                    pl_module.model,
+                    idx,
+                    self.max_new_tokens,
+                    temperature=self.temperature,
+                    top_k=self.top_k,
+                    generator=generator,
                 )
             ]
         text = self.prompt + trainer.datamodule.tokenizer.decode(new)

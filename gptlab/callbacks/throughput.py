@@ -31,7 +31,9 @@ class Throughput(L.Callback):
         if self._since is None:
             self._since = time.perf_counter()
 
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs, batch, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs, batch, batch_idx: int
+    ) -> None:
         self._interval_tokens += trainer.datamodule.batch_size * trainer.datamodule.block_size
         if trainer.global_step % pl_module.log_every == 0 or trainer.should_stop:
             self._stop_clock(pl_module.device)

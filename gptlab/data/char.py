@@ -41,7 +41,9 @@ class CharData(WindowData):
             return
         if self.name == PYTHON_DOCS:
             if self.path is not None:
-                raise ValueError(f"data={PYTHON_DOCS} takes no data.path; for a text of your own: data=text data.path={self.path}")
+                raise ValueError(
+                    f"data={PYTHON_DOCS} takes no data.path; for a text of your own: data=text data.path={self.path}"
+                )
             self._text = python_docs()
         elif self.path is not None:
             self._text = self._read(Path(self.path).expanduser())

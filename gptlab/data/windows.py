@@ -34,7 +34,9 @@ def share(total: int, rank: int, world_size: int) -> range:
 class TrainSteps(Dataset):
     """Item s: one process's share of the sequences of optimizer step s, (b, T + 1) int64."""
 
-    def __init__(self, ids: np.ndarray, block_size: int, batch_size: int, seed: int, rank: int, world_size: int) -> None:
+    def __init__(
+        self, ids: np.ndarray, block_size: int, batch_size: int, seed: int, rank: int, world_size: int
+    ) -> None:
         self.ids, self.seed, self.batch_size = ids, seed, batch_size
         self.offsets = np.arange(block_size + 1)
         self.share = share(batch_size, rank, world_size)
@@ -64,7 +66,9 @@ class ValBatches(Dataset):
     Item k is (ids (b, T + 1) int64, mask (b, T + 1) bool); the mask is False where the last window is filled up.
     """
 
-    def __init__(self, ids: np.ndarray, block_size: int, windows: int | None, batch_size: int, rank: int, world_size: int) -> None:
+    def __init__(
+        self, ids: np.ndarray, block_size: int, windows: int | None, batch_size: int, rank: int, world_size: int
+    ) -> None:
         total = -(-(len(ids) - 1) // block_size)
         self.ids, self.block_size, self.batch_size = ids, block_size, batch_size
         self.windows = share(min(total, windows or total), rank, world_size)
@@ -121,14 +125,22 @@ class WindowData(L.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader:
         trainer = self.trainer
-        steps = TrainSteps(self.train_ids, self.block_size, self.batch_size, self.seed, trainer.global_rank, trainer.world_size)
+        steps = TrainSteps(
+            self.train_ids, self.block_size, self.batch_size, self.seed, trainer.global_rank, trainer.world_size
+        )
         return self._loader(steps, StepsFrom(trainer.global_step, trainer.max_steps))
 
     def val_dataloader(self) -> DataLoader:
         trainer = self.trainer
-        batch_size = self.micro_batch_size or max(self.batch_size, 64)  # without gradients larger batches fit, and are faster
-        batches = ValBatches(self.val_ids, self.block_size, self.val_windows, batch_size, trainer.global_rank, trainer.world_size)
+        batch_size = self.micro_batch_size or max(
+            self.batch_size, 64
+        )  # without gradients larger batches fit, and are faster
+        batches = ValBatches(
+            self.val_ids, self.block_size, self.val_windows, batch_size, trainer.global_rank, trainer.world_size
+        )
         return self._loader(batches, range(len(batches)))
 
     def _loader(self, dataset: Dataset, sampler: Any) -> DataLoader:
-        return DataLoader(dataset, sampler=sampler, batch_size=None, num_workers=self.workers, persistent_workers=self.workers > 0)
+        return DataLoader(
+            dataset, sampler=sampler, batch_size=None, num_workers=self.workers, persistent_workers=self.workers > 0
+        )

@@ -1,0 +1,46 @@
+"""Shared by the tests: a run as a user starts it, and inputs that exist without a network."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+# A model and a run so small that a whole process takes a few seconds; a schedule that does not depend on max_steps.
+TINY = [
+    "hardware=cpu",
+    "model=gpt-nano",
+    "trainer.max_steps=4",
+    "trainer.val_every=2",
+    "trainer.log_every=1",
+    "data.val_windows=20",
+    "optim.warmup_steps=2",
+    "optim.decay_steps=20",
+    "callbacks.sample_text.max_new_tokens=20",
+]
+
+
+@pytest.fixture
+def gptlab(tmp_path, monkeypatch):
+    """Run `python -m gptlab.<entry> arguments` in an empty folder, as a user would; returns the finished process."""
+    monkeypatch.setenv("GPTLAB_DATA", str(tmp_path / "data"))
+
+    def run(entry: str, *arguments: str, status: int = 0, cwd: Path = tmp_path, **environment: str):
+        command = [sys.executable, "-m", f"gptlab.{entry}", *arguments]
+        done = subprocess.run(
+            command, cwd=cwd, capture_output=True, text=True, timeout=300, env=os.environ | environment
+        )
+        assert done.returncode == status, f"status {done.returncode}\n{done.stdout}\n{done.stderr}"
+        return done
+
+    return run
+
+
+@pytest.fixture
+def shakespeare() -> str:
+    """The real Tiny Shakespeare, which the tests do not download."""
+    path = os.environ.get("GPTLAB_TEST_SHAKESPEARE", "")
+    if not Path(path).is_file():
+        pytest.skip("GPTLAB_TEST_SHAKESPEARE does not name a copy of Tiny Shakespeare")
+    return path

@@ -1,0 +1,79 @@
+"""The command line before Hydra sees it, and what importing costs."""
+
+import subprocess
+import sys
+
+import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import OmegaConf
+
+from gptlab import cli
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["hello", "a, b", "First Citizen:", "a=b", "it's", 'say "hi" now', "tail\\", "\\'", "\\\\'x", "{a: [1]}", "${seed}", "\\${x}",
+     "$x", "1.5", "true", "  spaces ", "line\nbreak\ttab", "#%&|;<>()", "", "é🙂", "C:\\temp\\new"],
+)  # fmt: skip
+def test_free_text_reaches_the_config_word_for_word(text):
+    override = OverridesParser.create().parse_override(f"prompt={cli._quote(text)}")
+    assert OmegaConf.create({"prompt": override.value(), "seed": 7}).prompt == text
+
+
+def test_null_and_quoted_text_stay():
+    assert [cli._quote(text) for text in ("null", "'a, b'", '"a"')] == ["null", "'a, b'", '"a"']
+
+
+def test_flags_come_first():
+    arguments = ["experiment=x", "-m", "a=1,2", "--config-dir", "conf", "b=3", "--cfg", "job"]
+    assert cli._split(arguments) == (["-m", "--config-dir", "conf", "--cfg", "job"], ["experiment=x", "a=1,2", "b=3"])
+
+
+def test_hardware_is_asked_once_and_only_if_not_given(monkeypatch):
+    monkeypatch.setattr(cli, "_detect_hardware", lambda: "gpu")
+    assert cli._prepare(["seed=1"], "train") == ["seed=1", "hardware=gpu"]
+    assert cli._prepare(["hardware=cpu", "-m", "seed=1,2"], "train") == ["-m", "hardware=cpu", "seed=1,2"]
+    assert cli._prepare(["ckpt=x"], "sample") == ["ckpt='x'"]
+
+
+def modules_after(code: str) -> set[str]:
+    command = [sys.executable, "-c", f"{code}\nimport sys\nprint(*sys.modules)"]
+    return set(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split())
+
+
+def test_the_pure_files_import_neither_lightning_nor_hydra():
+    loaded = modules_after("import gptlab.model, gptlab.generate, gptlab.optim, gptlab.checkpoint")
+    assert "torch" in loaded
+    assert not loaded & {"lightning", "hydra", "omegaconf", "pytorch_lightning"}
+
+
+def test_the_entries_import_nothing_heavy():
+    loaded = modules_after("import gptlab.train, gptlab.sample, gptlab.cli, gptlab.config")
+    assert not loaded & {"torch", "lightning", "numpy", "hydra"}
+
+
+def test_composing_needs_no_torch():
+    code = "import sys; sys.argv = ['train', '--cfg', 'job', 'hardware=cpu']\nfrom gptlab import cli\ncli.main(print, 'train')"
+    assert not modules_after(code) & {"torch", "lightning"}
+
+
+def test_schemas_are_what_the_classes_take():
+    """A key that a schema offers and nothing takes, or the other way round, would be a lie."""
+    import inspect
+    from dataclasses import fields
+
+    from gptlab.config import CharConfig, GPTConfig
+    from gptlab.data.char import CharData
+    from gptlab.data.windows import WindowData
+    from gptlab.model import GPT
+
+    def names(config):
+        return {field.name for field in fields(config)} - {"_target_"}
+
+    def arguments(*classes):
+        return {
+            name for c in classes for name, p in inspect.signature(c).parameters.items() if p.kind is p.KEYWORD_ONLY
+        }
+
+    assert names(GPTConfig) - {"compile"} == arguments(GPT) - {"vocab_size", "block_size"}
+    assert names(CharConfig) == arguments(WindowData, CharData) - {"seed"}

@@ -1,0 +1,210 @@
+"""The model against an independent reference, GPT-2's numbers, and what it must refuse."""
+
+import math
+
+import pytest
+import torch
+import yaml
+from torch.nn import functional as F
+
+from gptlab.config import CONF
+from gptlab.model import GPT
+
+
+def small(**changes) -> GPT:
+    torch.manual_seed(0)
+    return GPT(**{"vocab_size": 11, "block_size": 7, "n_layer": 2, "n_head": 3, "n_embd": 12, "bias": True, **changes})
+
+
+def reference_loss(weights: dict[str, torch.Tensor], ids: torch.Tensor, n_layer: int, n_head: int) -> torch.Tensor:
+    """GPT-2 position by position and head by head in float64, straight from the definition: no batches, no masks (a
+    position only ever touches those before it), no fused anything."""
+
+    def norm(x, name):
+        centred = x - x.sum() / len(x)
+        scale = torch.sqrt((centred * centred).sum() / len(x) + 1e-5)
+        return centred / scale * weights[f"{name}.weight"] + weights[f"{name}.bias"]
+
+    def linear(x, name):
+        return weights[f"{name}.weight"] @ x + weights[f"{name}.bias"]
+
+    def gelu(x):
+        return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+
+    wte, wpe = weights["transformer.wte.weight"], weights["transformer.wpe.weight"]
+    size = wte.shape[1] // n_head
+    losses = []
+    for row in ids:
+        stream = [wte[token] + wpe[t] for t, token in enumerate(row[:-1])]
+        for layer in range(n_layer):
+            name = f"transformer.h.{layer}"
+            qkv = [linear(norm(x, f"{name}.ln_1"), f"{name}.attn.c_attn").view(3, n_head, size) for x in stream]
+            for t in range(len(stream)):
+                heads = []
+                for h in range(n_head):
+                    scores = torch.stack([qkv[t][0, h] @ qkv[s][1, h] / math.sqrt(size) for s in range(t + 1)])
+                    shares = torch.exp(scores) / torch.exp(scores).sum()
+                    heads.append(sum(shares[s] * qkv[s][2, h] for s in range(t + 1)))
+                stream[t] = stream[t] + linear(torch.cat(heads), f"{name}.attn.c_proj")
+            for t in range(len(stream)):
+                hidden = gelu(linear(norm(stream[t], f"{name}.ln_2"), f"{name}.mlp.c_fc"))
+                stream[t] = stream[t] + linear(hidden, f"{name}.mlp.c_proj")
+        for t, x in enumerate(stream):
+            logits = wte @ norm(x, "transformer.ln_f")
+            losses.append(torch.log(torch.exp(logits).sum()) - logits[row[t + 1]])
+    return sum(losses) / len(losses)
+
+
+def test_loss_and_gradients_equal_the_reference():
+    """Any slip in attention, masking, norms, tying or activation moves the loss or some gradient far beyond 1e-9."""
+    model = small().double()
+    with torch.no_grad():
+        for parameter in model.parameters():  # away from the initial zeros and ones, so that every term counts
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    ids = torch.randint(0, 11, (2, 8))
+    loss = F.cross_entropy(model(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten())
+    loss.backward()
+
+    weights = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters()}
+    expected = reference_loss(weights, ids, n_layer=2, n_head=3)
+    expected.backward()
+    assert loss.item() == pytest.approx(expected.item(), abs=1e-10)
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, weights[name].grad, atol=1e-9, rtol=1e-7, msg=name)
+
+
+def test_causality():
+    """Changing a token must leave every earlier position's logits bitwise alone and change its own."""
+    model = small(block_size=16).eval()
+    ids = torch.randint(0, 11, (3, 16))
+    changed = ids.clone()
+    changed[:, 9] = (changed[:, 9] + 1) % 11
+    before, after = model(ids), model(changed)
+    assert torch.equal(before[:, :9], after[:, :9])
+    assert (before[:, 9:] != after[:, 9:]).any(dim=-1).all()
+
+
+@pytest.mark.parametrize(
+    ("preset", "parameters"),
+    [
+        ("gpt2", 124_439_808),  # the sizes of the published GPT-2 weights
+        ("gpt2-medium", 354_823_168),
+        ("gpt2-large", 774_030_080),
+        ("gpt2-xl", 1_557_611_200),
+    ],
+)
+def test_gpt2_parameter_counts(preset, parameters):
+    sizes = {k: v for k, v in yaml.safe_load((CONF / f"model/{preset}.yaml").read_text()).items() if k != "defaults"}
+    with torch.device("meta"):
+        model = GPT(vocab_size=50257, block_size=1024, **sizes)
+    assert sum(p.numel() for p in model.parameters()) == parameters
+
+
+@pytest.mark.parametrize(
+    ("preset", "n_layer", "n_head", "n_embd"),
+    [("gpt-nano", 3, 3, 48), ("gpt-micro", 4, 4, 128), ("gpt-mini", 6, 6, 192), ("gopher-44m", 8, 16, 512),
+     ("openai-gpt", 12, 12, 768)],
+)  # fmt: skip
+def test_preset_sizes(preset, n_layer, n_head, n_embd):
+    sizes = yaml.safe_load((CONF / f"model/{preset}.yaml").read_text())
+    assert (sizes["n_layer"], sizes["n_head"], sizes["n_embd"]) == (n_layer, n_head, n_embd)
+
+
+def test_initialisation_is_gpt2s():
+    model = GPT(vocab_size=500, block_size=200, n_layer=6, n_head=4, n_embd=128, bias=True)
+    for name, parameter in model.named_parameters():
+        if "ln_" in name and name.endswith("weight"):
+            assert (parameter == 1).all(), name
+        elif parameter.dim() == 1:
+            assert (parameter == 0).all(), name
+        else:
+            expected = 0.02 / math.sqrt(2 * 6) if name.endswith("c_proj.weight") else 0.02
+            assert parameter.std().item() == pytest.approx(expected, rel=0.05), name
+            assert abs(parameter.mean().item()) < expected / 10, name
+    assert model.lm_head.weight is model.transformer.wte.weight
+
+
+def test_first_loss_is_that_of_a_uniform_guess():
+    ids = torch.randint(0, 65, (8, 65))
+    model = GPT(vocab_size=65, block_size=64, n_layer=2, n_head=2, n_embd=64)
+    loss = F.cross_entropy(model(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten())
+    assert loss.item() == pytest.approx(math.log(65), abs=0.1)
+
+
+def test_padded_vocabulary_takes_no_part():
+    """The padding adds rows, but the loss, its gradient and the probabilities are those of the model without it."""
+    plain, padded = small(), small(vocab_multiple=8)
+    assert padded.transformer.wte.weight.shape[0] == 16
+    padded.load_state_dict(
+        {k: torch.cat((v, torch.full((5, 12), 9.0))) if v.shape[0] == 11 else v for k, v in plain.state_dict().items()}
+    )
+    ids = torch.randint(0, 11, (2, 8))
+    losses = []
+    for model in (plain, padded):
+        logits = model(ids[:, :-1])
+        losses.append(F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten()))
+        losses[-1].backward()
+    torch.testing.assert_close(losses[0], losses[1])
+    assert (padded(ids[:, :-1]).softmax(-1)[..., 11:] == 0).all()
+    gradient = padded.transformer.wte.weight.grad
+    torch.testing.assert_close(gradient[:11], plain.transformer.wte.weight.grad)
+    assert (gradient[11:] == 0).all()
+
+
+def test_state_dict_has_gpt2s_names():
+    names = set(small().state_dict())
+    assert {"transformer.wte.weight", "transformer.wpe.weight", "transformer.h.1.attn.c_attn.bias", "lm_head.weight",
+            "transformer.h.0.mlp.c_proj.weight", "transformer.ln_f.weight"} <= names  # fmt: skip
+    assert len(names) == 3 + 2 * 12 + 2
+
+
+def test_dropout_acts_in_training_only():
+    model = small(dropout=0.5)
+    ids = torch.randint(0, 11, (2, 7))
+    assert not torch.equal(model(ids), model(ids))
+    model.eval()
+    assert torch.equal(model(ids), model(ids))
+
+
+@pytest.mark.parametrize(
+    ("changes", "key"),
+    [
+        ({"n_embd": 13}, "model.n_embd=13"),
+        ({"n_layer": 0}, "model.n_layer=0"),
+        ({"n_head": -1}, "model.n_head=-1"),
+        ({"n_embd": 0}, "model.n_embd=0"),
+        ({"block_size": 0}, "data.block_size=0"),
+        ({"vocab_size": 0}, "vocab_size=0"),
+        ({"vocab_multiple": 0}, "model.vocab_multiple=0"),
+        ({"dropout": 1.0}, "model.dropout=1.0"),
+        ({"dropout": -0.1}, "model.dropout=-0.1"),
+        ({"dropout": math.nan}, "model.dropout=nan"),
+    ],
+)
+def test_sizes_that_cannot_be_built(changes, key):
+    with pytest.raises(ValueError, match=key):
+        small(**changes)
+
+
+@pytest.mark.parametrize(
+    ("ids", "text"),
+    [
+        (torch.zeros(1, 8, dtype=torch.int64), "block_size=7"),
+        (torch.zeros(1, 0, dtype=torch.int64), "0 tokens"),
+        (torch.zeros(7, dtype=torch.int64), r"\(7,\)"),
+        (torch.zeros(1, 2, 3, dtype=torch.int64), r"\(1, 2, 3\)"),
+        (torch.zeros(1, 7), "float32"),
+        (torch.full((1, 7), 11), "vocabulary 0..10"),
+        (torch.full((1, 7), -1), "vocabulary 0..10"),
+    ],
+)
+def test_inputs_that_make_no_sense(ids, text):
+    with pytest.raises(ValueError, match=text):
+        small()(ids)
+
+
+def test_flops_per_token():
+    """12 L C T for attention on top of 6 for every weight of a matrix: here by hand for one layer."""
+    model = GPT(vocab_size=10, block_size=8, n_layer=1, n_head=1, n_embd=4)
+    matrices = 10 * 4 + (4 * 12 + 4 * 4 + 4 * 16 + 16 * 4) + 3 * 4
+    assert model.flops_per_token() == 6 * matrices + 12 * 1 * 4 * 8

@@ -1,0 +1,70 @@
+"""Parameter groups and the schedule."""
+
+import math
+
+import pytest
+from omegaconf import OmegaConf
+
+from gptlab import optim
+from gptlab.model import GPT
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_groups_cover_every_parameter_once(bias):
+    """Identity of the parameters, not their number: one forgotten and one doubled would still add up."""
+    model = GPT(vocab_size=10, block_size=4, n_layer=2, n_head=2, n_embd=8, bias=bias)
+    decayed, rest = optim.decay_groups(model, 0.1)
+    grouped = [id(p) for group in (decayed, rest) for p in group["params"]]
+    assert sorted(grouped) == sorted({id(p) for p in model.parameters()})
+    assert decayed["weight_decay"] == 0.1 and rest["weight_decay"] == 0
+    matrices = {id(p) for name, p in model.named_parameters() if name.endswith("weight") and "ln_" not in name}
+    assert {id(p) for p in decayed["params"]} == matrices
+
+
+def test_frozen_parameters_are_left_out():
+    model = GPT(vocab_size=10, block_size=4, n_layer=1, n_head=1, n_embd=8)
+    model.transformer.wpe.weight.requires_grad_(False)
+    grouped = {id(p) for group in optim.decay_groups(model, 0.1) for p in group["params"]}
+    assert id(model.transformer.wpe.weight) not in grouped
+
+
+COSINE = {"schedule": "cosine", "lr": 1e-3, "min_lr": 1e-4, "warmup_steps": 100, "decay_steps": 2000}
+
+
+@pytest.mark.parametrize(
+    ("step", "expected"),
+    [
+        (0, 1e-3 / 101),
+        (99, 1e-3 * 100 / 101),
+        (100, 1e-3),
+        (1050, 5.5e-4),  # half way down: the mean of both ends
+        (575, 1e-4 + 0.5 * (1 + math.sqrt(0.5)) * 9e-4),
+        (2000, 1e-4),
+        (9999, 1e-4),
+    ],
+)
+def test_warmup_and_cosine(step, expected):
+    assert optim.learning_rate(step, **COSINE) == pytest.approx(expected, rel=1e-12)
+
+
+def test_constant_after_warmup():
+    rates = [optim.learning_rate(step, **{**COSINE, "schedule": "constant"}) for step in (0, 100, 5000)]
+    assert rates == [pytest.approx(1e-3 / 101), 1e-3, 1e-3]
+
+
+@pytest.mark.parametrize(("warmup", "decay"), [(0, 10), (10, 10), (20, 10), (0, 0)])
+def test_odd_lengths_do_not_divide_by_zero(warmup, decay):
+    rates = [
+        optim.learning_rate(s, schedule="cosine", lr=1.0, min_lr=0.1, warmup_steps=warmup, decay_steps=decay)
+        for s in range(30)
+    ]
+    assert all(0 < rate <= 1 for rate in rates) and rates[-1] == 0.1
+
+
+def test_conf_values_are_the_schemas_keys():
+    """conf/optim/adamw.yaml says a value for every key of the schema, and for nothing else."""
+    from dataclasses import fields
+
+    from gptlab.config import CONF, OptimConfig
+
+    assert set(OmegaConf.load(CONF / "optim/adamw.yaml")) == {field.name for field in fields(OptimConfig)}

@@ -1,0 +1,101 @@
+"""Train, then sample from another folder with nothing but the checkpoint."""
+
+import shutil
+
+import pytest
+import torch
+from conftest import TINY
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """One checkpoint file, alone in a folder."""
+    import subprocess
+    import sys
+
+    folder = tmp_path_factory.mktemp("trained")
+    command = [sys.executable, "-m", "gptlab.train", *TINY, "hydra.run.dir=run"]
+    subprocess.run(command, cwd=folder, check=True, capture_output=True, timeout=300)
+    alone = tmp_path_factory.mktemp("alone") / "model.ckpt"
+    shutil.copy(folder / "run/checkpoints/best.ckpt", alone)
+    shutil.rmtree(folder)
+    return alone
+
+
+def test_samples_from_the_file_alone(gptlab, tmp_path, checkpoint):
+    text = gptlab(
+        "sample", f"ckpt={checkpoint}", "prompt=The if statement, is: a 'test' = ", "max_new_tokens=30"
+    ).stdout
+    assert text.startswith("The if statement, is: a 'test' = ")
+    assert len(text) == len("The if statement, is: a 'test' = ") + 30 + 1
+    assert list(tmp_path.iterdir()) == []  # and leaves nothing behind
+
+
+def test_seed_temperature_and_number(gptlab, checkpoint):
+    def sample(*arguments):
+        return gptlab("sample", f"ckpt={checkpoint}", "prompt=a", "max_new_tokens=40", *arguments).stdout
+
+    assert sample("seed=1") == sample("seed=1") != sample("seed=2")
+    assert sample("temperature=0", "seed=1") == sample("temperature=0", "seed=2")
+    assert sample("top_k=1", "seed=1") == sample("temperature=0")
+    two = sample("num_samples=2", "seed=1").split("\n" + "-" * 20 + "\n")
+    assert len(two) == 2 and two[0] + "\n" == sample("seed=1") and two[1] == sample("seed=2")
+
+
+def test_prompt_file(gptlab, tmp_path, checkpoint):
+    (tmp_path / "my prompt.txt").write_text("Two\nlines ${x}: ".replace("$", "%"))
+    shown = gptlab("sample", f"ckpt={checkpoint}", "prompt_file=my prompt.txt", "max_new_tokens=1").stdout
+    assert shown.startswith("Two\nlines %{x}: ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["prompt=naïve €"], "'ï'"),
+        (["temperature=-1"], "temperature=-1"),
+        (["top_k=0"], "top_k=0"),
+        (["max_new_tokens=-1"], "max_new_tokens=-1"),
+        (["num_samples=0"], "num_samples=0"),
+        (["device=abacus"], "device=abacus"),
+        (["prompt=a", "prompt_file=b"], "exclude each other"),
+        (["prompt_file=nowhere"], "prompt_file=nowhere"),
+        (["temprature=1"], "temprature"),
+        (["ckpt=nowhere"], "nowhere does not exist"),
+        (["ckpt=null"], "ckpt is missing"),
+    ],
+)
+def test_mistakes(gptlab, checkpoint, arguments, text):
+    stderr = gptlab("sample", f"ckpt={checkpoint}", *arguments, status=2).stderr
+    assert text in stderr and "Traceback" not in stderr
+
+
+def test_a_run_folder_without_checkpoints(gptlab, tmp_path):
+    (tmp_path / "run").mkdir()
+    assert "not a run folder" in gptlab("sample", "ckpt=run", status=2).stderr
+    (tmp_path / "run/config.yaml").touch()
+    assert "saved nothing yet" in gptlab("sample", "ckpt=run", status=2).stderr
+
+
+class Payload:
+    def __reduce__(self):
+        return (print, ("code from a checkpoint ran",))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"no checkpoint", {"state_dict": {}}, [1], Payload(),
+     {"state_dict": {}, "config": {"model": {"_target_": "os.system"}, "data": {"block_size": 4}}, "tokenizer": {"type": "char", "chars": "ab"}}],
+)  # fmt: skip
+def test_foreign_files_are_refused_and_never_run(gptlab, tmp_path, content):
+    if isinstance(content, bytes):
+        (tmp_path / "file.ckpt").write_bytes(content)
+    else:
+        torch.save(content, tmp_path / "file.ckpt")
+    done = gptlab("sample", "ckpt=file.ckpt", status=2)
+    assert done.stderr.startswith("\nerror: file.ckpt") and "Traceback" not in done.stderr
+    assert "code from a checkpoint ran" not in done.stdout
+
+
+def test_damaged_file_is_refused(gptlab, tmp_path, checkpoint):
+    (tmp_path / "cut.ckpt").write_bytes(checkpoint.read_bytes()[:-1000])
+    assert "error: cut.ckpt" in gptlab("sample", "ckpt=cut.ckpt", status=2).stderr

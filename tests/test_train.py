@@ -1,0 +1,329 @@
+"""Whole runs, started as a user starts them."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from conftest import TINY
+
+from gptlab.config import CONF
+
+EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
+DROPOUT = [
+    *TINY,
+    "model.dropout=0.2",
+    "data.micro_batch_size=5",
+    "trainer.max_steps=11",
+    "trainer.val_every=4",
+    "trainer.log_every=3",
+]
+
+
+def weights(run: Path, name="last") -> dict[str, torch.Tensor]:
+    return torch.load(run / f"checkpoints/{name}.ckpt", weights_only=True)["state_dict"]
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def metrics(run: Path) -> list[dict]:
+    """The lines of metrics.jsonl, without those that only measure the machine's speed."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if "train/tokens_per_s" not in line]
+
+
+def test_default_run_folder_is_the_contract(gptlab, tmp_path):
+    done = gptlab("train", *TINY, "tags=[a,b]")
+    (run,) = (tmp_path / "outputs/python_docs").iterdir()
+    names = {str(path.relative_to(run)) for path in run.rglob("*") if path.is_file() and "tfevents" not in path.name}
+    assert names == {
+        "config.yaml", "run.json", "metrics.jsonl", "summary.json", "train.log", "tensorboard/hparams.yaml",
+        "checkpoints/best.ckpt", "checkpoints/last.ckpt", "checkpoints/previous.ckpt",
+        ".hydra/config.yaml", ".hydra/hydra.yaml", ".hydra/overrides.yaml",
+    }  # fmt: skip
+    assert list(run.glob("tensorboard/events.out.tfevents.*"))
+
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    assert "${" not in (run / "config.yaml").read_text()
+    assert config["trainer"]["precision"] == "32" and config["name"] == "python_docs"
+
+    about = json.loads((run / "run.json").read_text())
+    assert about["tags"] == ["a", "b"] and "gptlab.train" in about["command"]
+    assert (
+        about["data"]["name"] == "python_docs" and len(about["data"]["sha256"]) == len(about["vocabulary_sha256"]) == 64
+    )
+    assert {"torch", "lightning", "gptlab", "python"} <= set(about["versions"])
+
+    summary = json.loads((run / "summary.json").read_text())
+    assert (summary["status"], summary["steps"], summary["checkpoint"]) == ("finished", 4, "checkpoints/best.ckpt")
+    assert summary["last"]["step"] == 4 and summary["data"] == about["data"]
+    assert summary["best"]["val/loss"] == min(line["val/loss"] for line in metrics(run) if "val/loss" in line)
+
+    lines = metrics(run)
+    assert [line["step"] for line in lines if "val/loss" in line] == [0, 2, 4]
+    assert [line["step"] for line in lines if "train/loss" in line] == [1, 2, 3, 4]
+    assert {"train/lr", "train/grad_norm", "train/clipped_share"} <= set(lines[-2])
+    assert {"val/perplexity", "val/bits_per_byte", "val/tokens"} <= set(lines[-1])
+
+    shown = done.stdout
+    assert "tokens per optimizer step: 768 (12 sequences x 64 tokens)" in shown
+    place = str(run.relative_to(tmp_path))
+    for command in ("python -m gptlab.sample ckpt=", "tensorboard --logdir ", "python -m gptlab.train resume="):
+        assert command + place in shown
+    assert "bits per byte" in shown and "tokens/s" in shown
+    assert done.stderr == ""  # no adverts, no warnings
+
+
+def test_next_commands_work_as_printed(gptlab, tmp_path):
+    shown = gptlab("train", *TINY).stdout
+    commands = [line.split() for line in shown.splitlines() if line.startswith("  python -m gptlab.")]
+    assert [command[2] for command in commands] == ["gptlab.sample", "gptlab.train"]
+    for command in commands:
+        gptlab(command[2].removeprefix("gptlab."), *command[3:])
+    (run,) = (tmp_path / "outputs/python_docs").iterdir()
+    assert json.loads((run / "summary.json").read_text())["steps"] == 8
+
+
+def test_one_seed_one_result_bitwise(gptlab, tmp_path):
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        gptlab("train", *DROPOUT, f"hydra.run.dir={name}", f"seed={seed}")
+    a, b, c = (weights(tmp_path / name) for name in "abc")
+    assert same(a, b) and not same(a, c)
+    assert metrics(tmp_path / "a") == metrics(tmp_path / "b")
+
+
+KILLER = """
+import os, pathlib, signal, lightning
+
+class Kill(lightning.Callback):
+    def __init__(self, step):
+        self.step, self.done = step, pathlib.Path("killed-once")
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if trainer.global_step == self.step and not self.done.exists():
+            self.done.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    """A run that nobody touched, to compare killed ones with."""
+    folder = tmp_path_factory.mktemp("whole")
+    command = [sys.executable, "-m", "gptlab.train", *DROPOUT, "trainer.checkpoint_every=3", "hydra.run.dir=run"]
+    subprocess.run(command, cwd=folder, check=True, capture_output=True, timeout=300)
+    return folder / "run"
+
+
+@pytest.mark.parametrize(
+    ("step", "workers"),
+    [
+        (5, 0),  # goes on from 4: a validation, after which it was saved
+        (8, 2),  # goes on from 6: a save between two logs and two validations; 8 itself was never validated
+        (11, 0),  # every step done, the last validation not
+    ],
+)
+def test_a_killed_run_goes_on_as_if_nothing_had_happened(gptlab, tmp_path, whole, step, workers):
+    """Dropout on, several micro-batches, killed without warning: the weights, optimizer, metrics and best of the
+    resumed run are bitwise those of the untouched one."""
+    (tmp_path / "killer.py").write_text(KILLER)
+    arguments = ["trainer.checkpoint_every=3", "hydra.run.dir=run", f"data.workers={workers}"]
+    kill = ["+callbacks.kill._target_=killer.Kill", f"+callbacks.kill.step={step}"]
+    gptlab("train", *DROPOUT, *arguments, *kill, status=-signal.SIGKILL, PYTHONPATH=str(tmp_path))
+    run = tmp_path / "run"
+    assert not (run / "summary.json").exists()
+    gptlab("train", "resume=run", PYTHONPATH=str(tmp_path))
+
+    for name in ("last", "best"):
+        ours, theirs = (torch.load(folder / f"checkpoints/{name}.ckpt", weights_only=True) for folder in (run, whole))
+        assert ours["global_step"] == theirs["global_step"]
+        assert same(ours["state_dict"], theirs["state_dict"])
+        torch.testing.assert_close(ours["optimizer_states"], theirs["optimizer_states"], atol=0, rtol=0)
+    assert metrics(run) == metrics(whole)
+    summaries = [json.loads((folder / "summary.json").read_text()) for folder in (run, whole)]
+    for summary in summaries:
+        del summary["seconds"], summary["tokens_per_s"]
+    assert summaries[0] == summaries[1]
+    assert json.loads((run / "run.json").read_text())["resumed"][0]["step"] < step
+
+
+def test_a_finished_run_says_so_and_can_be_extended(gptlab, tmp_path):
+    """The schedule stays as it was saved: decay_steps is a number there, not a reference to max_steps."""
+    rest = [argument for argument in DROPOUT if not argument.startswith("optim.decay_steps")]
+    gptlab("train", *rest, "hydra.run.dir=run")
+    before = weights(tmp_path / "run")
+    assert "has finished its 11 steps" in gptlab("train", "resume=run").stdout
+    assert same(before, weights(tmp_path / "run"))
+    gptlab("train", "resume=run", "trainer.max_steps=14")
+    assert json.loads((tmp_path / "run/summary.json").read_text())["steps"] == 14
+    assert yaml.safe_load((tmp_path / "run/config.yaml").read_text())["optim"]["decay_steps"] == 11
+    assert [line["step"] for line in metrics(tmp_path / "run") if "val/loss" in line] == [0, 4, 8, 11, 12, 14]
+
+
+def test_a_moved_run_resumes_where_it_lies(gptlab, tmp_path):
+    gptlab("train", *TINY, "hydra.run.dir=run")
+    (tmp_path / "new place").mkdir()
+    shutil.move(tmp_path / "run", tmp_path / "new place/run, moved")
+    gptlab("train", "resume=new place/run, moved", "trainer.max_steps=6")
+    assert not (tmp_path / "run").exists()
+    assert json.loads((tmp_path / "new place/run, moved/summary.json").read_text())["steps"] == 6
+
+
+def test_a_resume_keeps_its_config(gptlab, tmp_path):
+    gptlab("train", *TINY, "hydra.run.dir=run")
+    stderr = gptlab("train", "resume=run", "optim.lr=1", "model=gpt2", "trainer.max_steps=6", status=2).stderr
+    assert "optim.lr, model" in stderr and "Traceback" not in stderr
+
+
+def test_nothing_is_overwritten(gptlab, tmp_path):
+    gptlab("train", *TINY, "hydra.run.dir=run")
+    before = {
+        path: path.read_bytes()
+        for path in (tmp_path / "run").rglob("*")
+        if path.is_file() and ".hydra" not in path.parts
+    }
+    assert "holds a run already" in gptlab("train", *TINY, "seed=9", "hydra.run.dir=run", status=2).stderr
+    for path, content in before.items():
+        assert path.read_bytes() == content or path.name == "train.log", path
+
+
+def test_two_processes_see_the_batches_of_one(gptlab, tmp_path):
+    """An odd batch over two processes, uneven shares and micro-batches: the same losses, norms and validation."""
+    common = [*TINY, "data.batch_size=7", "data.micro_batch_size=2"]
+    gptlab("train", *common, "hydra.run.dir=one")
+    gptlab("train", *common, "hydra.run.dir=two", "trainer.devices=2")
+    one, two = metrics(tmp_path / "one"), metrics(tmp_path / "two")
+    assert len(one) == len(two)
+    for a, b in zip(one[1:], two[1:], strict=True):
+        assert a == {name: pytest.approx(value, rel=1e-4) for name, value in b.items()}
+    gptlab("train", "resume=two", "trainer.max_steps=6")
+    gptlab("train", "resume=one", "trainer.max_steps=6")
+    assert metrics(tmp_path / "one")[-1] == {
+        n: pytest.approx(v, rel=1e-4) for n, v in metrics(tmp_path / "two")[-1].items()
+    }
+
+
+def test_multirun_is_one_process_per_job(gptlab, tmp_path):
+    done = gptlab("train", "-m", *TINY, "model.n_layer=1,2", "optim.lr=1e-3,3e-3")
+    (sweep,) = (tmp_path / "sweeps/python_docs").iterdir()
+    jobs = [sweep / str(i) for i in range(4)]
+    configs = [yaml.safe_load((job / "config.yaml").read_text()) for job in jobs]
+    assert [(c["model"]["n_layer"], c["optim"]["lr"]) for c in configs] == [(1, 1e-3), (1, 3e-3), (2, 1e-3), (2, 3e-3)]
+    assert all((job / "summary.json").exists() and (job / "checkpoints/best.ckpt").exists() for job in jobs)
+    assert done.stdout.count("tokens per optimizer step") == 4
+    assert not (tmp_path / "outputs").exists()
+
+
+def test_multirun_goes_on_after_a_failing_job_and_fails(gptlab, tmp_path):
+    done = gptlab("train", "-m", *TINY, "model.n_head=5,3", status=1)
+    (sweep,) = (tmp_path / "sweeps/python_docs").iterdir()
+    assert "model.n_head=5" in done.stderr
+    assert not (sweep / "0/summary.json").exists() and (sweep / "1/summary.json").exists()
+
+
+def test_train_returns_the_metric_that_a_sweeper_optimises(gptlab, tmp_path, monkeypatch):
+    """Asked of the function itself, in a process that plays the sweeper."""
+    code = (
+        "from gptlab import cli, train; import json; cli.main(lambda cfg: print('returned', train.train(cfg)), 'train')"
+    )
+    command = [sys.executable, "-c", code, *TINY, "hydra.run.dir=run"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    returned = float(done.stdout.rpartition("returned ")[2])
+    assert returned == json.loads((tmp_path / "run/summary.json").read_text())["best"]["val/loss"]
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_every_experiment_takes_two_steps(gptlab, tmp_path, experiment):
+    small = ["trainer.max_steps=2", "data.val_windows=5", "data.url=http://127.0.0.1:9/", "hydra.run.dir=run"]
+    gptlab("train", f"experiment={experiment}", *small)
+    assert json.loads((tmp_path / "run/summary.json").read_text())["steps"] == 2
+
+
+@pytest.mark.parametrize("hardware", ["cpu", "gpu"])
+def test_shakespeare_char_is_nanogpts_recipe(gptlab, hardware):
+    shown = gptlab("train", "experiment=shakespeare_char", f"hardware={hardware}", "--cfg", "job", "--resolve").stdout
+    cfg = yaml.safe_load(shown)
+    m, d, o, t = cfg["model"], cfg["data"], cfg["optim"], cfg["trainer"]
+    recipe = (m["n_layer"], m["n_head"], m["n_embd"], m["dropout"], d["block_size"], d["batch_size"], t["max_steps"])
+    assert recipe == {"cpu": (4, 4, 128, 0.0, 64, 12, 2000), "gpu": (6, 6, 384, 0.2, 256, 64, 5000)}[hardware]
+    assert m["bias"] is False and t["accelerator"] == hardware and o["decay_steps"] == t["max_steps"]
+    assert (o["lr"], o["min_lr"], o["schedule"], o["warmup_steps"]) == (1e-3, 1e-4, "cosine", 100)
+    assert (o["betas"], o["weight_decay"], o["grad_clip"]) == ([0.9, 0.99], 0.1, 1.0)
+
+
+def test_a_chosen_model_wins_over_the_recipe(gptlab):
+    shown = gptlab("train", "experiment=shakespeare_char", "model=gpt-nano", "--cfg", "job").stdout
+    assert yaml.safe_load(shown)["model"]["n_layer"] == 3
+
+
+def test_local_copy_of_shakespeare(gptlab, tmp_path, shakespeare):
+    gptlab("train", "experiment=shakespeare_char", *TINY, f"data.path={shakespeare}", "hydra.run.dir=run")
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    assert summary["data"]["name"] == "shakespeare_char"
+    checkpoint = torch.load(tmp_path / "run/checkpoints/best.ckpt", weights_only=True)
+    assert str(Path(shakespeare).parent) not in str({key: checkpoint[key] for key in ("config", "data", "tokenizer")})
+
+
+def test_no_network_is_said_loudly_and_never_called_shakespeare(gptlab, tmp_path):
+    done = gptlab("train", "experiment=shakespeare_char", *TINY, "data.url=http://127.0.0.1:9/", "hydra.run.dir=run")
+    assert done.stdout.count("WARNING: NOT training on shakespeare_char") == 2
+    run = tmp_path / "run"
+    for name in ("config.yaml", "metrics.jsonl", "summary.json"):
+        assert "python_docs" in (run / name).read_text() and "shakespeare" not in (run / name).read_text(), name
+    checkpoint = torch.load(run / "checkpoints/last.ckpt", weights_only=True)
+    said = {key: checkpoint[key] for key in ("config", "data")}
+    assert checkpoint["data"]["name"] == "python_docs" and "shakespeare" not in str(said)
+    gptlab("train", "resume=run", "trainer.max_steps=6")  # and the resume asks for no download either
+
+
+def test_no_network_and_no_fallback_is_an_error(gptlab):
+    stderr = gptlab(
+        "train", "experiment=shakespeare_char", "data.fallback=null", "data.url=http://127.0.0.1:9/x", status=2
+    ).stderr
+    for needed in ("http://127.0.0.1:9/x", "86c4e6aa9db7", "shakespeare_char.txt", "data.path=FILE"):
+        assert needed in stderr
+    assert "Traceback" not in stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "texts"),
+    [
+        (["hardware=gpu"], ["hardware=gpu", "hardware=cpu"]),
+        (["trainer.precision=fp16"], ["trainer.precision=fp16", "hardware=gpu"]),
+        (["trainer.precision=64"], ["trainer.precision=64", "auto, 32, bf16, fp16"]),
+        (["optim.lr=-1", "optim.betas=[0.9,1]", "seed=-1"], ["optim.lr=-1", "optim.betas", "seed=-1"]),
+        (["trainer.devices=20"], ["data.batch_size=12", "trainer.devices"]),
+        (["optim.schedule=linear"], ["optim.schedule=linear", "cosine or constant"]),
+        (["model.n_head=5"], ["model.n_head=5", "model.n_embd=48"]),
+        (["data=text"], ["data.path"]),
+        (["data=text", "data.path=nowhere.txt"], ["nowhere.txt", "No such file"]),
+        (["callbacks.sample_text.prompt=é"], ["'é'", "vocabulary"]),
+        (["callbacks.sample_text._target_=no.Such"], ["no.Such"]),
+        (["model=gpt5"], ["gpt5", "gpt-nano"]),
+        (["model.n_layers=3"], ["n_layers"]),
+        (["optim.lr=fast"], ["optim.lr", "fast"]),
+        (["resume=nowhere"], ["nowhere does not exist"]),
+    ],
+)
+def test_mistakes_are_texts_with_status_2(gptlab, arguments, texts):
+    if "hardware=gpu" in arguments and torch.accelerator.is_available():
+        pytest.skip("this machine has an accelerator")
+    stderr = gptlab("train", *arguments, status=2).stderr
+    assert stderr.startswith("\nerror: ") and "Traceback" not in stderr
+    for text in texts:
+        assert text in stderr
+
+
+def test_full_error_shows_the_traceback(gptlab):
+    assert "Traceback" in gptlab("train", *TINY, "model.n_head=5", status=1, HYDRA_FULL_ERROR="1").stderr
+
+
+def test_flags_may_stand_anywhere(gptlab):
+    assert "n_layer: 2" in gptlab("train", "model.n_layer=2", "--cfg", "job", "seed=3").stdout
