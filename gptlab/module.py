@@ -184,7 +184,8 @@ class GPTModule(L.LightningModule):
         metrics = {f"val/{name}": value for name, value in self.val_metrics.compute().items()}
         self.val_metrics.reset()
         self.validated = {"step": self.trainer.global_step, **metrics}
-        if not self.trainer.sanity_checking and not self.best.get("val/loss", math.inf) <= metrics["val/loss"]:
+        best = self.best.get("val/loss", math.nan)
+        if not self.trainer.sanity_checking and (math.isnan(best) or metrics["val/loss"] < best):
             self.best = self.validated
         self.log_metrics(metrics)
 

@@ -63,6 +63,11 @@ def find_checkpoint(path: str, order: tuple[str, ...]) -> Path:
     )
 
 
+def newest_checkpoint(run: Path) -> Path | None:
+    """What a resume goes on from; None if the run was stopped before it saved anything, and starts again."""
+    return next((path for name in ("last", "previous") if (path := run / f"checkpoints/{name}.ckpt").is_file()), None)
+
+
 def without_paths(resolved: dict[str, Any]) -> dict[str, Any]:
     """The config for a checkpoint, which may travel: without the places of this machine's files."""
     data = {key: None if key in ("path", "folder") else value for key, value in resolved["data"].items()}

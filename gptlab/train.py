@@ -21,7 +21,8 @@ def train(cfg: Any) -> float:
     config.check(cfg)
     quiet_lightning()
     settle_machine(cfg)
-    ckpt = runs.find_checkpoint(str(run), ("last", "previous")) if cfg.resume else None
+    resuming = cfg.resume is not None
+    ckpt = runs.newest_checkpoint(run) if resuming else None
     start_step = checkpoint_step(ckpt) if ckpt else 0
     if start_step >= cfg.trainer.max_steps and (run / "summary.json").exists():
         return already_finished(run, start_step)
@@ -31,14 +32,8 @@ def train(cfg: Any) -> float:
     module = make_module(resolved, data)
     trainer = make_trainer(cfg, run, start_step, data.record)
     if trainer.is_global_zero:
-        runs.record(
-            run,
-            resolved,
-            data.record,
-            data.tokenizer.state(),
-            device_name(trainer),
-            resumed_at=start_step if ckpt else None,
-        )
+        device, tokenizer = device_name(trainer), data.tokenizer.state()
+        runs.record(run, resolved, data.record, tokenizer, device, resumed_at=start_step if resuming else None)
         announce(run, data, module, trainer, start_step)
     fit(trainer, module, data, ckpt, run)
     summary = summarise(trainer, module, data, seconds=time.perf_counter() - started)
@@ -171,7 +166,10 @@ def fit(trainer: Any, module: Any, data: Any, ckpt: Path | None, run: Path) -> N
     try:
         with logging_redirect_tqdm():
             trainer.fit(module, data, ckpt_path=ckpt, weights_only=True)
-    except SystemExit:  # what Lightning makes of Ctrl-C
+    except SystemExit:
+        if not trainer.interrupted:
+            raise
+        # Ctrl-C: Lightning has cleaned up, and would exit with 1
         log.info(
             "\ninterrupted at step %d; to go on from the last checkpoint:\n  %s",
             trainer.global_step,

@@ -103,7 +103,9 @@ def test_clipping_in_every_precision(tmp_path, precision):
     norm = torch.linalg.vector_norm(torch.cat([g.flatten() for g in module.seen.values()]))
     assert norm.item() == pytest.approx(0.05, rel=1e-3)
     assert module.logged["train/clipped_share"] == 1.0
-    assert module.logged["train/grad_norm"] == pytest.approx(1.6, rel=0.5)
+    unclipped = gradients(tmp_path, next(batches()))
+    true_norm = torch.linalg.vector_norm(torch.cat([g.flatten() for g in unclipped.values()]))
+    assert module.logged["train/grad_norm"] == pytest.approx(true_norm.item(), rel=0.02)
 
 
 def test_fused_adamw_only_without_a_scaler(tmp_path):

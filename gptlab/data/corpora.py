@@ -51,7 +51,7 @@ def download(url: str, checksum: str, to: Path, *, timeout: float = 10.0, deadli
     started = time.monotonic()
     chunks = []
     with urllib.request.urlopen(url, timeout=timeout) as response:
-        while chunk := response.read(1 << 16):
+        while chunk := response.read1(1 << 16):  # read() would wait for the whole
             chunks.append(chunk)
             if time.monotonic() - started > deadline:
                 raise TimeoutError(f"not finished after {deadline:.0f} seconds")

@@ -1,0 +1,140 @@
+"""Checkpoints that survive a failing write, samples that disturb nothing, speed that can be checked by hand."""
+
+import fcntl
+import os
+import pty
+import struct
+import subprocess
+import sys
+import termios
+import time
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY
+from lightning.pytorch.loggers import TensorBoardLogger
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from test_module import make_module, make_trainer
+
+from gptlab.callbacks import throughput
+from gptlab.callbacks.checkpointing import AtomicCheckpointIO, Checkpointing
+from gptlab.callbacks.sample_text import SampleText
+from gptlab.callbacks.throughput import Throughput, peak_flops
+from gptlab.data.windows import WindowData
+from gptlab.tokenizer import CharTokenizer
+
+
+class Data(WindowData):
+    """Three dozen letters, in memory."""
+
+    def __init__(self):
+        super().__init__(seed=1, name="letters", block_size=6, batch_size=4, micro_batch_size=None, val_windows=None, workers=0)
+        self.tokenizer = CharTokenizer("abcdefghijk")
+        self.train_ids = np.arange(300) % 11
+        self.val_ids = np.arange(50) % 11
+
+
+def test_a_failing_write_leaves_the_old_checkpoint(tmp_path, monkeypatch):
+    io, path = AtomicCheckpointIO(), tmp_path / "last.ckpt"
+    io.save_checkpoint({"step": 1}, path)
+
+    def half(checkpoint, file):
+        file.write(b"half a file")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", half)
+    with pytest.raises(OSError, match="No space"):
+        io.save_checkpoint({"step": 2}, path)
+    assert io.load_checkpoint(path) == {"step": 1}
+    assert [file.name for file in tmp_path.iterdir()] == ["last.ckpt"]
+
+
+def test_best_last_and_previous(tmp_path):
+    """Losses are dictated: the best is at step 4, and later saves leave it alone."""
+    losses = {2: 3.0, 4: 1.0, 6: 2.0, 8: 2.5}
+    module = make_module()
+    module.val_metrics.compute = lambda: {"loss": losses.get(module.trainer.global_step, 9.0)}
+    trainer = make_trainer(tmp_path, 8, callbacks=[Checkpointing(every=2)], val_check_interval=2, check_val_every_n_epoch=None,
+                           enable_checkpointing=True, plugins=[AtomicCheckpointIO()])  # fmt: skip
+    trainer.fit(module, datamodule=Data())
+    steps = {name: torch.load(tmp_path / f"checkpoints/{name}.ckpt", weights_only=True)["global_step"] for name in ("best", "last", "previous")}
+    assert steps == {"best": 4, "last": 8, "previous": 6}
+
+
+def test_sampling_disturbs_neither_weights_nor_random_numbers(tmp_path):
+    def run(callbacks):
+        module = make_module(dropout=0.3)
+        trainer = make_trainer(tmp_path, 4, callbacks=callbacks, val_check_interval=2, check_val_every_n_epoch=None)
+        trainer.fit(module, datamodule=Data())
+        return torch.cat([p.flatten() for p in module.model.parameters()])
+
+    assert torch.equal(run([]), run([SampleText("a", 20, 1.0, None)]))
+
+
+def test_samples_are_in_tensorboards_text_tab(tmp_path):
+    logger = TensorBoardLogger(tmp_path, name="tensorboard", version="")
+    trainer = make_trainer(tmp_path, 4, callbacks=[SampleText("ab", 20, 0.0, None)], logger=logger, val_check_interval=2,
+                           check_val_every_n_epoch=None)  # fmt: skip
+    trainer.fit(make_module(), datamodule=Data())
+    logger.experiment.flush()
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    samples = events.Tensors("samples/text_summary")
+    assert [event.step for event in samples] == [2, 4]
+    assert samples[0].tensor_proto.string_val[0].decode().startswith("    ab")
+    assert [event.step for event in events.Scalars("val/loss")] == [2, 4]
+
+
+def test_throughput_and_mfu_by_hand(tmp_path, monkeypatch):
+    """A clock that advances by 0.1 s a look, a device whose peak is 1e6: 24 tokens per step, one look at each end."""
+    clock = iter(np.arange(1, 1000) / 10)
+    monkeypatch.setattr(throughput.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(throughput, "peak_flops", lambda device, precision: 1e6)
+    module, callback = make_module(), Throughput()
+    make_trainer(tmp_path, 3, callbacks=[callback], limit_val_batches=0).fit(module, datamodule=Data())
+    assert module.logged["train/tokens_per_s"] == pytest.approx(24 / 0.1)
+    assert module.logged["train/mfu"] == pytest.approx(240 * module.model.flops_per_token() / 1e6)
+    assert callback.tokens_per_s == pytest.approx(240)
+
+
+def test_the_clock_stands_still_during_validation(tmp_path):
+    class Slow(SampleText):
+        def on_validation_end(self, trainer, pl_module):
+            time.sleep(0.5)
+
+    callback = Throughput()
+    trainer = make_trainer(tmp_path, 4, callbacks=[callback, Slow("a", 1, 1.0, None)], val_check_interval=1, check_val_every_n_epoch=None)
+    started = time.perf_counter()
+    trainer.fit(make_module(), datamodule=Data())
+    assert time.perf_counter() - started > 2
+    assert callback.seconds < 1
+
+
+def test_peak_is_only_claimed_where_it_is_known(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
+    cuda = SimpleNamespace(type="cuda")
+    assert peak_flops(cuda, "bf16-mixed") == 989e12
+    assert peak_flops(cuda, "32-true") is None
+    assert peak_flops(torch.device("cpu"), "bf16-mixed") is None
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some Card")
+    assert peak_flops(cuda, "bf16-mixed") is None
+
+
+def test_progress_bar_on_a_terminal(tmp_path):
+    """In a pseudo-terminal of 80 columns: loss, tokens/s and time left, on a line that does not wrap."""
+    main, terminal = pty.openpty()
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+    command = [sys.executable, "-m", "gptlab.train", *TINY, "trainer.max_steps=300", "trainer.val_every=300", "trainer.log_every=10"]
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=terminal, stderr=terminal, stdin=terminal)
+    os.close(terminal)
+    shown = b""
+    while True:
+        try:
+            shown += os.read(main, 4096)
+        except OSError:
+            break
+    assert process.wait() == 0
+    bars = [part for part in shown.decode().replace("\n", "\r").split("\r") if "| step " in part]
+    assert any("loss " in bar and "tokens/s" in bar and "<" in bar for bar in bars)
+    assert all(len(bar.replace("\x1b[A", "")) <= 80 for bar in bars)
