@@ -126,6 +126,8 @@ def _quote(text: str) -> str:
 
 def _resume(run: str, flags: list[str], given: dict[str, str]) -> tuple[list[str], list[str]]:
     """Compose from the run folder's resolved config instead of conf/, into that folder."""
+    if {"-m", "--multirun"} & set(flags):
+        raise ValueError("resume goes on with one run; it cannot be combined with a sweep (-m)")
     refused = [key for key in given if not key.lstrip("+").startswith((*RESUME_MAY_CHANGE, "hydra"))]
     if refused:
         raise ValueError(

@@ -93,9 +93,9 @@ class GPTModule(L.LightningModule):
         step = self.trainer.global_step  # finished ones
         seed = np.random.SeedSequence([self.seed, step, self.global_rank]).generate_state(1, np.uint64)
         torch.manual_seed(int(seed[0] >> np.uint64(1)))  # dropout depends on nothing but run, step and process
-        optimizer = self.optimizers()
+        optimizer, lr = self.optimizers(), self._learning_rate(step)
         for group in optimizer.param_groups:
-            group["lr"] = self._learning_rate(step)
+            group["lr"] = lr
 
         loss = self.accumulate_gradients(batch)
         with torch.autocast(self.device.type, enabled=False):
@@ -105,6 +105,8 @@ class GPTModule(L.LightningModule):
         self.interval[3] += 1
         if step + 1 == self.trainer.max_steps:
             self.trainer.should_stop = True  # has Lightning validate after the last step, whatever val_every
+        if (step + 1) % self.log_every == 0 or self.trainer.should_stop:
+            self._log_interval(lr)  # here and not in a later hook: callbacks may save a checkpoint there
 
     def _learning_rate(self, step: int) -> float:
         keys = ("schedule", "lr", "min_lr", "warmup_steps", "decay_steps")
@@ -159,18 +161,17 @@ class GPTModule(L.LightningModule):
             norm = nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
         self.interval[1] += norm
 
-    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
-        if self.trainer.global_step % self.log_every == 0 or self.trainer.should_stop:
-            loss, norm, clipped, steps = self._interval_mean().tolist()
-            self.interval.zero_()
-            self.log_metrics(
-                {
-                    "train/loss": loss / steps,
-                    "train/lr": self._learning_rate(self.trainer.global_step - 1),
-                    "train/grad_norm": norm / steps,
-                    "train/clipped_share": clipped / steps,
-                }
-            )
+    def _log_interval(self, lr: float) -> None:
+        loss, norm, clipped, steps = self._interval_mean().tolist()
+        self.interval.zero_()
+        self.log_metrics(
+            {
+                "train/loss": loss / steps,
+                "train/lr": lr,
+                "train/grad_norm": norm / steps,
+                "train/clipped_share": clipped / steps,
+            }
+        )
 
     def _interval_mean(self) -> Tensor:
         return self.trainer.strategy.reduce(self.interval.clone(), reduce_op="mean")
@@ -178,7 +179,8 @@ class GPTModule(L.LightningModule):
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         ids, mask = batch if isinstance(batch, (tuple, list)) else (batch, torch.ones_like(batch, dtype=torch.bool))
         counted = mask[:, 1:]
-        self.val_metrics.update(self.nats(ids, mask), counted.sum(), self.token_bytes[ids[:, 1:]][counted].sum())
+        text_bytes = (self.token_bytes[ids[:, 1:]] * counted).sum()
+        self.val_metrics.update(self.nats(ids, mask), counted.sum(), text_bytes)
 
     def on_validation_epoch_end(self) -> None:
         metrics = {f"val/{name}": value for name, value in self.val_metrics.compute().items()}
