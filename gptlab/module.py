@@ -6,6 +6,7 @@ is False on tokens which do not count as targets; the shift by one happens here 
 """
 
 import contextlib
+import itertools
 import math
 from typing import Any
 
@@ -116,18 +117,15 @@ class GPTModule(L.LightningModule):
         """Add the gradients of the mean loss over the *global* batch's counted tokens to the parameters, one
         micro-batch at a time. The returned mean over the processes is that loss, in nats per token."""
         ids, mask = batch if isinstance(batch, (tuple, list)) else (batch, None)
-        weight = self.trainer.world_size / self._counted_tokens(
-            ids, mask
-        )  # times their number: DDP averages over processes
+        weight = self.trainer.world_size / self._counted_tokens(ids, mask)  # DDP averages over the processes
         size = self.micro_batch_size or len(ids)
-        micro_batches = list(zip(ids.split(size), mask.split(size) if mask is not None else [None] * len(ids)))  # noqa: B905
+        masks = itertools.repeat(None) if mask is None else mask.split(size)
+        micro_batches = list(zip(ids.split(size), masks, strict=False))
         total = torch.zeros((), device=self.device)
         for i, (micro_ids, micro_mask) in enumerate(micro_batches):
             loss = self.nats(micro_ids, micro_mask) * weight
-            with (
-                self._gradients_stay_local(i + 1 < len(micro_batches)),
-                torch.autocast(self.device.type, enabled=False),
-            ):
+            last = i + 1 == len(micro_batches)
+            with self._sync_gradients(last), torch.autocast(self.device.type, enabled=False):
                 self.manual_backward(loss)
             total += loss.detach()
         return total
@@ -139,10 +137,10 @@ class GPTModule(L.LightningModule):
             tokens = self.trainer.strategy.reduce(torch.as_tensor(tokens, device=self.device), reduce_op="sum")
         return tokens.clamp(min=1) if isinstance(tokens, Tensor) else tokens
 
-    def _gradients_stay_local(self, local: bool) -> contextlib.AbstractContextManager:
+    def _sync_gradients(self, last: bool) -> contextlib.AbstractContextManager:
         """Under DDP, leave the all-reduce of gradients to the last micro-batch."""
         block = getattr(self.trainer.strategy, "block_backward_sync", None)
-        return block() if local and block else contextlib.nullcontext()
+        return contextlib.nullcontext() if last or block is None else block()
 
     def nats(self, ids: Tensor, mask: Tensor | None) -> Tensor:
         """The summed loss, in nats, of predicting each counted token of ids (b, T + 1) from those before it."""

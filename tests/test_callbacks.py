@@ -30,7 +30,9 @@ class Data(WindowData):
     """Three dozen letters, in memory."""
 
     def __init__(self):
-        super().__init__(seed=1, name="letters", block_size=6, batch_size=4, micro_batch_size=None, val_windows=None, workers=0)
+        super().__init__(
+            seed=1, name="letters", block_size=6, batch_size=4, micro_batch_size=None, val_windows=None, workers=0
+        )
         self.tokenizer = CharTokenizer("abcdefghijk")
         self.train_ids = np.arange(300) % 11
         self.val_ids = np.arange(50) % 11
@@ -59,7 +61,10 @@ def test_best_last_and_previous(tmp_path):
     trainer = make_trainer(tmp_path, 8, callbacks=[Checkpointing(every=2)], val_check_interval=2, check_val_every_n_epoch=None,
                            enable_checkpointing=True, plugins=[AtomicCheckpointIO()])  # fmt: skip
     trainer.fit(module, datamodule=Data())
-    steps = {name: torch.load(tmp_path / f"checkpoints/{name}.ckpt", weights_only=True)["global_step"] for name in ("best", "last", "previous")}
+    steps = {
+        name: torch.load(tmp_path / f"checkpoints/{name}.ckpt", weights_only=True)["global_step"]
+        for name in ("best", "last", "previous")
+    }
     assert steps == {"best": 4, "last": 8, "previous": 6}
 
 
@@ -104,7 +109,9 @@ def test_the_clock_stands_still_during_validation(tmp_path):
             time.sleep(0.5)
 
     callback = Throughput()
-    trainer = make_trainer(tmp_path, 4, callbacks=[callback, Slow("a", 1, 1.0, None)], val_check_interval=1, check_val_every_n_epoch=None)
+    trainer = make_trainer(
+        tmp_path, 4, callbacks=[callback, Slow("a", 1, 1.0, None)], val_check_interval=1, check_val_every_n_epoch=None
+    )
     started = time.perf_counter()
     trainer.fit(make_module(), datamodule=Data())
     assert time.perf_counter() - started > 2
@@ -125,7 +132,15 @@ def test_progress_bar_on_a_terminal(tmp_path):
     """In a pseudo-terminal of 80 columns: loss, tokens/s and time left, on a line that does not wrap."""
     main, terminal = pty.openpty()
     fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
-    command = [sys.executable, "-m", "gptlab.train", *TINY, "trainer.max_steps=300", "trainer.val_every=300", "trainer.log_every=10"]
+    command = [
+        sys.executable,
+        "-m",
+        "gptlab.train",
+        *TINY,
+        "trainer.max_steps=300",
+        "trainer.val_every=300",
+        "trainer.log_every=10",
+    ]
     process = subprocess.Popen(command, cwd=tmp_path, stdout=terminal, stderr=terminal, stdin=terminal)
     os.close(terminal)
     shown = b""
