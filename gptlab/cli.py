@@ -42,19 +42,19 @@ def main(task: Callable[[Any], float | None], entry: str) -> None:
         os.environ.pop("HYDRA_FULL_ERROR", None) if show_all is None else os.environ.update(HYDRA_FULL_ERROR=show_all)
         if HydraConfig.get().mode == RunMode.MULTIRUN:
             return _sweep_job(entry)
-        with _mistakes_as_text(show_all == "1"):
+        with _mistakes_as_text(show_all == "1", composing=False):
             return task(cfg)
 
     config.register()
-    with _mistakes_as_text(show_all == "1"):
+    with _mistakes_as_text(show_all == "1", composing=True):
         sys.argv[1:] = _prepare(sys.argv[1:], entry)
         hydra.main(version_base="1.3", config_path=str(config.CONF), config_name=entry)(job)()
 
 
 @contextlib.contextmanager
-def _mistakes_as_text(show_all: bool) -> Iterator[None]:
+def _mistakes_as_text(show_all: bool, composing: bool) -> Iterator[None]:
     """Print a user's mistake as its text alone and exit with 2. Mistakes are the ValueErrors and FileNotFoundErrors
-    that gptlab's own code raises, and configs that Hydra and OmegaConf cannot compose or build."""
+    that gptlab's own code raises (while composing, anybody's), and what Hydra and OmegaConf cannot compose or build."""
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
@@ -63,7 +63,7 @@ def _mistakes_as_text(show_all: bool) -> Iterator[None]:
     except KeyboardInterrupt:
         sys.exit(130)
     except (ValueError, FileNotFoundError, HydraException, OmegaConfBaseException) as error:
-        from_config = isinstance(error, (HydraException, OmegaConfBaseException))
+        from_config = isinstance(error, (HydraException, OmegaConfBaseException)) or (composing and not _is_ours(error))
         if show_all or not (from_config or _is_ours(error)):
             raise
         causes = [error.__cause__] if from_config and error.__cause__ else []
@@ -169,7 +169,7 @@ def _detect_hardware() -> str:
     return hardware
 
 
-def _sweep_job(entry: str) -> float:
+def _sweep_job(entry: str) -> float | None:
     """Run one job of a sweep in a process of its own, started as a user would start it; its metric is read from
     the run folder."""
     from hydra.core.hydra_config import HydraConfig
@@ -193,4 +193,4 @@ def _sweep_job(entry: str) -> float:
         raise RuntimeError(
             f"the job in {folder} ended with status {status}; its output is above and in {folder / 'train.log'}"
         )
-    return json.loads((folder / "summary.json").read_text("utf-8"))["best"]["val/loss"]
+    return json.loads((folder / "summary.json").read_text("utf-8"))["best"].get("val/loss")

@@ -14,8 +14,8 @@ from gptlab import cli, config, runs
 log = logging.getLogger("gptlab")
 
 
-def train(cfg: Any) -> float:
-    """Train as the config says; returns the best validation loss, which a sweeper minimises."""
+def train(cfg: Any) -> float | None:
+    """Train as the config says; returns the best validation loss, which a sweeper minimises (None without validation)."""
     started = time.perf_counter()
     run = Path(_hydra().runtime.output_dir)
     config.check(cfg)
@@ -40,7 +40,7 @@ def train(cfg: Any) -> float:
     if trainer.is_global_zero:
         runs.write_json(run / "summary.json", summary)
         conclude(run, data, summary)
-    return summary["best"]["val/loss"]
+    return summary["best"].get("val/loss")
 
 
 def settle_machine(cfg: Any) -> None:
@@ -184,14 +184,14 @@ def checkpoint_step(ckpt: Path) -> int:
     return torch.load(ckpt, map_location="cpu", weights_only=True, mmap=True)["global_step"]
 
 
-def already_finished(run: Path, step: int) -> float:
+def already_finished(run: Path, step: int) -> float | None:
     log.info(
         "this run has finished its %d steps; to train longer:\n  %s trainer.max_steps=%d",
         step,
         resume_command(run),
         2 * step,
     )
-    return json.loads((run / "summary.json").read_text("utf-8"))["best"]["val/loss"]
+    return json.loads((run / "summary.json").read_text("utf-8"))["best"].get("val/loss")
 
 
 def device_name(trainer: Any) -> str:
@@ -237,15 +237,15 @@ def conclude(run: Path, data: Any, summary: dict[str, Any]) -> None:
     best, place = summary["best"], shown(run)
     speed = f", {summary['tokens_per_s']:,.0f} tokens/s" if summary["tokens_per_s"] else ""
     log.info("\n%d steps in %.0f s%s", summary["steps"], summary["seconds"], speed)
-    log.info(
-        "best validation loss %.4f nats per token, %.4f bits per byte, at step %d (on %s)",
-        best["val/loss"], best["val/bits_per_byte"], best["step"], data.record["name"],
-    )  # fmt: skip
+    if best:
+        losses = f"{best['val/loss']:.4f} nats per token, {best['val/bits_per_byte']:.4f} bits per byte"
+        log.info("best validation loss: %s, at step %d (on %s)", losses, best["step"], data.record["name"])
     if data.warning:
         log.warning("\n*** WARNING: %s ***", data.warning)
     log.info("run folder: %s\n\nnext:", place)
     log.info("  python -m gptlab.sample ckpt=%s", place)
-    log.info("  tensorboard --logdir %s", place)
+    if (run / "tensorboard").is_dir():
+        log.info("  tensorboard --logdir %s", place)
     log.info("  %s trainer.max_steps=%d", resume_command(run), 2 * summary["steps"])
 
 
