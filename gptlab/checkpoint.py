@@ -19,23 +19,21 @@ def load(path: Path, device: str | torch.device = "cpu") -> tuple[GPT, CharToken
         ValueError: not a checkpoint of gptlab, damaged, or of a model class of somebody else's.
     """
     try:
-        checkpoint = torch.load(path, map_location=device, weights_only=True)
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         config, weights = checkpoint["config"], checkpoint["state_dict"]
         tokenizer = from_state(checkpoint["tokenizer"])
-        sizes = dict(config["model"])
-        block_size = config["data"]["block_size"]
-    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"{path} is not a checkpoint of gptlab, or it is damaged ({type(error).__name__}: {error})"
-        ) from None
-    target = sizes.pop("_target_", None)
-    if target != GPTConfig._target_:
-        raise ValueError(f"{path} holds a model of the class {target}; only {GPTConfig._target_} can be loaded")
-    sizes.pop("compile", None)
-    model = GPT(vocab_size=tokenizer.vocab_size, block_size=block_size, **sizes)
-    prefix = "model."
-    try:
+        sizes = {key: value for key, value in config["model"].items() if key not in ("_target_", "compile")}
+        target = config["model"].get("_target_")
+        if target != GPTConfig._target_:
+            raise ValueError(f"it holds a model of the class {target}, and only {GPTConfig._target_} can be loaded")
+        model = GPT(vocab_size=tokenizer.vocab_size, block_size=config["data"]["block_size"], **sizes)
+        prefix = "model."
         model.load_state_dict({name.removeprefix(prefix): w for name, w in weights.items() if name.startswith(prefix)})
-    except RuntimeError as error:
-        raise ValueError(f"{path}: its weights do not fit its own config ({error})") from None
+    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, TypeError, AttributeError, ValueError) as error:
+        reason = str(error).split("\n")[0]
+        raise ValueError(
+            f"{path} is not a checkpoint of gptlab, or it is damaged ({type(error).__name__}: {reason})"
+        ) from None
+    if not all(torch.isfinite(parameter).all() for parameter in model.parameters()):
+        raise ValueError(f"{path}: its weights are not finite; the run had diverged. Try an earlier checkpoint")
     return model.to(device).eval(), tokenizer, config

@@ -21,7 +21,8 @@ from typing import Any
 from gptlab import config, runs
 
 VALUE_FLAGS = ("--cfg", "-c", "--package", "-p", "--config-path", "-cp", "--config-name", "-cn", "--config-dir", "-cd")
-TEXT_KEYS = ("prompt", "prompt_file", "ckpt")  # free text, which Hydra's grammar would trip over
+# Free text, which Hydra's grammar would trip over: taken word for word, except in sweeps.
+TEXT_KEYS = ("prompt", "prompt_file", "ckpt", "data.path", "data.folder", "callbacks.sample_text.prompt")
 RESUME_MAY_CHANGE = ("trainer.", "data.workers", "data.micro_batch_size")
 
 hardware_note = ""  # which hardware was chosen and why, for the log
@@ -41,10 +42,12 @@ def main(task: Callable[[Any], float | None], entry: str) -> None:
 
         os.environ.pop("HYDRA_FULL_ERROR", None) if show_all is None else os.environ.update(HYDRA_FULL_ERROR=show_all)
         if HydraConfig.get().mode == RunMode.MULTIRUN:
-            return _sweep_job(entry)
+            return _sweep_job(entry, cfg)
         with _mistakes_as_text(show_all == "1", composing=False):
             return task(cfg)
 
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # a terminal that cannot show a character is no reason to stop
     config.register()
     with _mistakes_as_text(show_all == "1", composing=True):
         sys.argv[1:] = _prepare(sys.argv[1:], entry)
@@ -62,6 +65,9 @@ def _mistakes_as_text(show_all: bool, composing: bool) -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         sys.exit(130)
+    except BrokenPipeError:  # `| head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except (ValueError, FileNotFoundError, HydraException, OmegaConfBaseException) as error:
         from_config = isinstance(error, (HydraException, OmegaConfBaseException)) or (composing and not _is_ours(error))
         if show_all or not (from_config or _is_ours(error)):
@@ -83,18 +89,28 @@ def _is_ours(error: BaseException | None) -> bool:
 
 def _prepare(argv: list[str], entry: str) -> list[str]:
     """The command line as Hydra needs it: flags first, free text quoted, hardware chosen, a resume redirected."""
+    global hardware_note
     flags, overrides = _split(argv)
     given = dict(override.partition("=")[::2] for override in overrides)
     if given.get("hydra.job.name", "").startswith("train_ddp_process_"):  # Lightning started us with what it says below
         return [*flags, *overrides, "hydra/job_logging=none"]
+    sweep = bool({"-m", "--multirun"} & set(flags))
+    if not sweep:
+        overrides = [
+            f"{key}={_quote(text)}" if key in TEXT_KEYS else o for o in overrides for key, _, text in [o.partition("=")]
+        ]
     if entry != "train":
-        return flags + [f"{key}={_quote(text)}" if key in TEXT_KEYS else f"{key}={text}" for key, text in given.items()]
+        return flags + overrides
     rank = int(os.environ.get("RANK", "0"))
     if given.get("resume", "null") != "null":
         flags, overrides = _resume(given.pop("resume"), flags, given)
     else:
         if "hardware" not in given:
             overrides.append(f"hardware={_detect_hardware()}")
+        else:
+            hardware_note = f"hardware={given['hardware']}, as given"
+        if sweep:
+            print(hardware_note)
         if rank > 0:  # under torchrun; composed here, the folder's name would come from this process's own clock
             overrides += ["hydra.output_subdir=null", f"hydra.run.dir={_quote(tempfile.mkdtemp())}"]
     if rank > 0:
@@ -117,10 +133,10 @@ def _split(argv: list[str]) -> tuple[list[str], list[str]]:
 
 
 def _quote(text: str) -> str:
-    """As a quoted string of Hydra's grammar, word for word; null and text that is already quoted stay."""
-    if text == "null" or (len(text) > 1 and text[0] == text[-1] and text[0] in "'\""):
+    """As a quoted string of Hydra's grammar, word for word; null stays null."""
+    if text == "null":
         return text
-    escaped = re.sub(r"(\\*)('|\$\{|$)", lambda m: 2 * m[1] + ("\\" + m[2] if m[2] else ""), text)
+    escaped = re.sub(r"(\\*)('|\$\{|\Z)", lambda m: 2 * m[1] + ("\\" + m[2] if m[2] else ""), text)
     return f"'{escaped}'"
 
 
@@ -169,28 +185,25 @@ def _detect_hardware() -> str:
     return hardware
 
 
-def _sweep_job(entry: str) -> float | None:
+def _sweep_job(entry: str, cfg: Any) -> float | None:
     """Run one job of a sweep in a process of its own, started as a user would start it; its metric is read from
     the run folder."""
     from hydra.core.hydra_config import HydraConfig
+    from hydra.errors import CompactHydraException
+    from omegaconf import OmegaConf
 
     hydra_config = HydraConfig.get()
     folder = Path(hydra_config.runtime.output_dir)
     flags, _ = _split(sys.argv[1:])
     flags = [f for f in flags if f not in ("-m", "--multirun")]
-    command = [
-        sys.executable,
-        "-m",
-        f"gptlab.{entry}",
-        *flags,
-        *hydra_config.overrides.task,
-        f"hydra.run.dir={_quote(str(folder))}",
+    texts = {key: OmegaConf.select(cfg, key) for key in TEXT_KEYS}  # as plain text again: the job quotes it
+    overrides = [
+        f"{key}={texts[key]}" if (key := o.partition("=")[0]) in TEXT_KEYS else o for o in hydra_config.overrides.task
     ]
+    command = [sys.executable, "-m", f"gptlab.{entry}", *flags, *overrides, f"hydra.run.dir={_quote(str(folder))}"]
     ranks = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "NODE_RANK", "GROUP_RANK", "LOCAL_WORLD_SIZE", "PL_GLOBAL_SEED")
     environment = {key: value for key, value in os.environ.items() if key not in ranks}
     status = subprocess.run(command, env=environment).returncode
     if status != 0:
-        raise RuntimeError(
-            f"the job in {folder} ended with status {status}; its output is above and in {folder / 'train.log'}"
-        )
+        raise CompactHydraException(f"the job in {folder} ended with status {status}; what it said is above")
     return json.loads((folder / "summary.json").read_text("utf-8"))["best"].get("val/loss")

@@ -4,6 +4,7 @@ The dataclasses give names and types; the values live in conf/. Only the standar
 composing a config stays fast.
 """
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -113,6 +114,17 @@ def register() -> None:
     store.store(group="data", name="char_schema", node=CharConfig)
 
 
+def typed(cfg: Any) -> Any:
+    """A config that was composed from a run folder has no types: the same with those of the schemas, checked."""
+    from omegaconf import OmegaConf
+
+    result = OmegaConf.merge(OmegaConf.structured(TrainConfig), cfg)
+    for node, schema in (("model", GPTConfig), ("data", CharConfig)):
+        if cfg[node].get("_target_") == schema._target_:
+            result[node] = OmegaConf.merge(OmegaConf.structured(schema), cfg[node])
+    return result
+
+
 def check(cfg: Any) -> None:
     """Every problem of the values that types cannot express, reported at once and before anything is loaded.
 
@@ -145,11 +157,13 @@ def check(cfg: Any) -> None:
         "data.batch_size", data.get("batch_size"), f"at least the number of processes, {processes} (trainer.devices x trainer.num_nodes)",
     )  # fmt: skip
     need(optim.schedule in ("cosine", "constant"), "optim.schedule", optim.schedule, "cosine or constant")
-    need(optim.lr > 0, "optim.lr", optim.lr, "above 0")
+    need(0 < optim.lr < math.inf, "optim.lr", optim.lr, "above 0 and finite")
     need(0 <= optim.min_lr <= optim.lr, "optim.min_lr", optim.min_lr, f"from 0 to optim.lr={optim.lr}")
     need(optim.warmup_steps >= 0, "optim.warmup_steps", optim.warmup_steps, "at least 0")
     need(optim.weight_decay >= 0, "optim.weight_decay", optim.weight_decay, "at least 0")
-    need(all(0 <= beta < 1 for beta in optim.betas), "optim.betas", optim.betas, "two numbers from 0 up to below 1")
+    betas_fit = len(optim.betas) == 2 and all(0 <= beta < 1 for beta in optim.betas)
+    need(betas_fit, "optim.betas", optim.betas, "two numbers from 0 up to below 1")
+    need(optim.decay_steps >= 0, "optim.decay_steps", optim.decay_steps, "at least 0")
     need(optim.grad_clip >= 0, "optim.grad_clip", optim.grad_clip, "at least 0 (0 turns clipping off)")
     if problems:
         raise ValueError("\n".join(problems))

@@ -130,8 +130,8 @@ class GPT(nn.Module):
             idx: token ids (B, T), int64 or int32, 1 <= T <= block_size, 0 <= id < vocab_size.
 
         Raises:
-            ValueError: wrong rank, dtype or length; on a CPU also an id outside the (padded) vocabulary. (On a GPU
-                that check would make every step wait for the host; there `generate` and the data sets check.)
+            ValueError: wrong rank, dtype or length; on a CPU also an id outside the vocabulary. (On a GPU that check
+                would make every step wait for the host; there the data sets and `generate` check before it begins.)
         """
         if idx.dim() != 2 or idx.dtype not in (torch.int64, torch.int32):
             raise ValueError(f"token ids must be a (B, T) tensor of int64 or int32, not {tuple(idx.shape)} {idx.dtype}")
@@ -140,12 +140,15 @@ class GPT(nn.Module):
             raise ValueError(
                 f"a sequence of {T} tokens does not fit data.block_size={self.block_size} (and 1 is the least)"
             )
-        try:
-            x = self.transformer.wte(idx)  # (B, T, C)
-        except IndexError:
+        if (
+            idx.device.type == "cpu"
+            and not torch.compiler.is_compiling()
+            and not 0 <= idx.min() <= idx.max() < self.vocab_size
+        ):
             raise ValueError(
                 f"token ids {idx.min().item()}..{idx.max().item()} reach outside the vocabulary 0..{self.vocab_size - 1}"
-            ) from None
+            )
+        x = self.transformer.wte(idx)  # (B, T, C)
         x = self.transformer.drop(x + self.transformer.wpe.weight[:T])
         for block in self.transformer.h:
             x = block(x)

@@ -154,10 +154,13 @@ class GPTModule(L.LightningModule):
         limit = self.optim_config["grad_clip"]
         if limit:
             norm = nn.utils.clip_grad_norm_(self.model.parameters(), limit)
-            self.interval[2] += norm > limit
         else:
             norm = nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
+        if self.trainer.precision == "16-mixed":
+            norm = norm.nan_to_num(0.0, 0.0, 0.0)  # an overflow is the scaler's business: it skips this update
         self.interval[1] += norm
+        if limit:
+            self.interval[2] += norm > limit
 
     def _log_interval(self, lr: float) -> None:
         loss, norm, clipped, steps = self._interval_mean().tolist()
@@ -201,10 +204,5 @@ class GPTModule(L.LightningModule):
         checkpoint.update(self.record, interval=self._interval_mean().cpu(), best=self.best, validated=self.validated)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        for key in ("data", "tokenizer"):
-            if checkpoint[key] != self.record[key]:
-                raise ValueError(
-                    f"the checkpoint's {key} is not this run's: {checkpoint[key]} against {self.record[key]}"
-                )
         self.interval.copy_(checkpoint["interval"])
         self.best, self.validated = checkpoint["best"], checkpoint["validated"]

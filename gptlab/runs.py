@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 import platform
 import subprocess
@@ -26,7 +27,14 @@ def write_atomic(path: Path, content: bytes) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    write_atomic(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode("utf-8"))
+    write_atomic(path, (json.dumps(_finite(value), indent=2, ensure_ascii=False) + "\n").encode("utf-8"))
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN or infinity: they become null."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def find_run(run: str) -> Path:
@@ -37,10 +45,11 @@ def find_run(run: str) -> Path:
     """
     folder = Path(run).expanduser()
     if not (folder / "config.yaml").is_file():
-        missing = "is not a run folder (it has no config.yaml)" if folder.is_dir() else "does not exist"
-        near = sorted(str(path.parent) for path in Path("outputs").glob("*/*/config.yaml"))
+        missing = "is not a run folder (it has no config.yaml)" if folder.exists() else "does not exist"
+        found = [*Path("outputs").glob("*/*/config.yaml"), *Path("sweeps").glob("*/*/*/config.yaml")]
+        near = [str(path.parent) for path in sorted(found, key=lambda path: path.stat().st_mtime)]
         raise FileNotFoundError(
-            f"{run} {missing}; the newest runs here: {', '.join(near[-3:]) or 'none under outputs/'}"
+            f"{run} {missing}; the newest runs here: {', '.join(near[-3:]) or 'none under outputs/ and sweeps/'}"
         )
     return folder
 
@@ -117,12 +126,14 @@ def _versions() -> dict[str, str]:
 
 
 def _git() -> dict[str, Any] | None:
-    """Commit of the working directory's repository, and whether its tracked files differ from it."""
-
-    def git(*args: str) -> str:
-        return subprocess.run(("git", *args), capture_output=True, text=True, check=True, timeout=10).stdout.strip()
-
-    try:
-        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain", "--untracked-files=no"))}
-    except (OSError, subprocess.SubprocessError):
-        return None
+    """Commit of the repository that gptlab lies in, else of the working directory's, and whether tracked files differ."""
+    for folder in (Path(__file__).parent, Path.cwd()):
+        try:
+            commit, changes = (
+                subprocess.run(("git", *arguments), cwd=folder, capture_output=True, text=True, check=True, timeout=10)
+                for arguments in (("rev-parse", "HEAD"), ("status", "--porcelain", "--untracked-files=no"))
+            )
+            return {"commit": commit.stdout.strip(), "dirty": bool(changes.stdout.strip())}
+        except (OSError, subprocess.SubprocessError):
+            continue
+    return None

@@ -1,6 +1,5 @@
 """python -m gptlab.sample: text from a checkpoint. Reads nothing but the checkpoint."""
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,8 @@ def sample(cfg: Any) -> None:
         raise ValueError("ckpt is missing: give a run folder or a checkpoint file, ckpt=outputs/NAME/DATE")
     if cfg.num_samples < 1:
         raise ValueError(f"num_samples={cfg.num_samples}: it must be at least 1")
+    if not 0 <= cfg.seed < 2**63 - cfg.num_samples:
+        raise ValueError(f"seed={cfg.seed}: it must be from 0 to 2**63 - 1 - num_samples")
     path = runs.find_checkpoint(cfg.ckpt, ("best", "last", "previous"))
     text = read_prompt(cfg.prompt, cfg.prompt_file)
 
@@ -68,5 +69,4 @@ def choose_device(device: str) -> Any:
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character is no reason to stop
     cli.main(sample, "sample")

@@ -18,25 +18,30 @@ def train(cfg: Any) -> float | None:
     """Train as the config says; returns the best validation loss, which a sweeper minimises (None without validation)."""
     started = time.perf_counter()
     run = Path(_hydra().runtime.output_dir)
+    resuming = cfg.resume is not None
+    if resuming:
+        cfg = config.typed(cfg)
     config.check(cfg)
     quiet_lightning()
     settle_machine(cfg)
-    resuming = cfg.resume is not None
     ckpt = runs.newest_checkpoint(run) if resuming else None
-    start_step = checkpoint_step(ckpt) if ckpt else 0
+    saved = read_checkpoint(ckpt) if ckpt else {}
+    start_step = saved.get("global_step", 0)
     if start_step >= cfg.trainer.max_steps and (run / "summary.json").exists():
         return already_finished(run, start_step)
 
-    data = make_data(cfg)
+    data = make_data(cfg, resuming)
+    if saved:
+        check_same_data(saved, data)
     resolved = plain(cfg)
     module = make_module(resolved, data)
-    trainer = make_trainer(cfg, run, start_step, data.record)
+    trainer = make_trainer(cfg, run, resuming, start_step, data.record)
     if trainer.is_global_zero:
         device, tokenizer = device_name(trainer), data.tokenizer.state()
         runs.record(run, resolved, data.record, tokenizer, device, resumed_at=start_step if resuming else None)
         announce(run, data, module, trainer, start_step)
     fit(trainer, module, data, ckpt, run)
-    summary = summarise(trainer, module, data, seconds=time.perf_counter() - started)
+    summary = summarise(run, trainer, module, data, seconds=time.perf_counter() - started)
     if trainer.is_global_zero:
         runs.write_json(run / "summary.json", summary)
         conclude(run, data, summary)
@@ -77,10 +82,12 @@ def quiet_lightning() -> None:
         warnings.filterwarnings("ignore", message)
 
 
-def make_data(cfg: Any) -> Any:
+def make_data(cfg: Any, resuming: bool) -> Any:
     """The prepared data module; what preparing it decided goes into the config."""
     from hydra.utils import instantiate
 
+    if resuming and cfg.data.get("fallback") is not None:
+        cfg.data.fallback = None  # it was not needed then; now it would be another text
     data = instantiate(cfg.data, seed=cfg.seed)
     data.prepare_data()
     data.setup("fit")
@@ -119,9 +126,15 @@ def make_module(resolved: dict[str, Any], data: Any) -> Any:
     )
 
 
-def make_trainer(cfg: Any, run: Path, start_step: int, data_record: dict[str, str]) -> Any:
+def make_trainer(cfg: Any, run: Path, resuming: bool, start_step: int, data_record: dict[str, str]) -> Any:
+    """Lightning's Trainer for this run.
+
+    Raises:
+        ValueError: Lightning refuses trainer.strategy, trainer.extra or the like.
+    """
     import lightning as L
     from hydra.utils import instantiate
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
     from lightning.pytorch.callbacks import Checkpoint
 
     from gptlab.callbacks.checkpointing import AtomicCheckpointIO
@@ -130,32 +143,37 @@ def make_trainer(cfg: Any, run: Path, start_step: int, data_record: dict[str, st
     loggers = [MetricsFile(run / "metrics.jsonl", start_step, data_record)]
     if cfg.logger is not None:
         # TensorBoard hides what an interrupted run wrote after its last checkpoint
-        purge = {"purge_step": start_step + 1} if start_step and "TensorBoard" in cfg.logger._target_ else {}
+        purge = (
+            {"purge_step": start_step and start_step + 1} if resuming and "TensorBoard" in cfg.logger._target_ else {}
+        )
         loggers.append(instantiate(cfg.logger, save_dir=str(run), **purge))
     callbacks = [instantiate(callback) for callback in (cfg.callbacks or {}).values()]
     t = cfg.trainer
-    return L.Trainer(
-        default_root_dir=run,
-        accelerator=t.accelerator,
-        devices=t.devices,
-        num_nodes=t.num_nodes,
-        strategy=t.strategy,
-        precision=config.PRECISIONS[t.precision],
-        max_steps=t.max_steps,
-        max_epochs=-1,
-        val_check_interval=t.val_every,
-        check_val_every_n_epoch=None,
-        num_sanity_val_steps=-1,  # the whole validation at step 0
-        logger=loggers,
-        log_every_n_steps=t.log_every,
-        callbacks=callbacks,
-        enable_checkpointing=any(isinstance(callback, Checkpoint) for callback in callbacks),
-        plugins=[AtomicCheckpointIO()],
-        use_distributed_sampler=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        **t.extra,
-    )
+    try:
+        return L.Trainer(
+            default_root_dir=run,
+            accelerator=t.accelerator,
+            devices=t.devices,
+            num_nodes=t.num_nodes,
+            strategy=t.strategy,
+            precision=config.PRECISIONS[t.precision],
+            max_steps=t.max_steps,
+            max_epochs=-1,
+            val_check_interval=t.val_every,
+            check_val_every_n_epoch=None,
+            num_sanity_val_steps=-1,  # the whole validation at step 0
+            logger=loggers,
+            log_every_n_steps=t.log_every,
+            callbacks=callbacks,
+            enable_checkpointing=any(isinstance(callback, Checkpoint) for callback in callbacks),
+            plugins=[AtomicCheckpointIO()],
+            use_distributed_sampler=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            **t.extra,
+        )
+    except (TypeError, ValueError, MisconfigurationException) as error:
+        raise ValueError(f"Lightning cannot be set up with these trainer.* values: {error}") from error
 
 
 def fit(trainer: Any, module: Any, data: Any, ckpt: Path | None, run: Path) -> None:
@@ -178,10 +196,25 @@ def fit(trainer: Any, module: Any, data: Any, ckpt: Path | None, run: Path) -> N
         sys.exit(130)
 
 
-def checkpoint_step(ckpt: Path) -> int:
+def read_checkpoint(ckpt: Path) -> dict[str, Any]:
+    """What a checkpoint says of itself, without reading the tensors in it."""
     import torch
 
-    return torch.load(ckpt, map_location="cpu", weights_only=True, mmap=True)["global_step"]
+    return torch.load(ckpt, map_location="cpu", weights_only=True, mmap=True)
+
+
+def check_same_data(saved: dict[str, Any], data: Any) -> None:
+    """Before anything in the run folder is touched: a resume must go on with the data that the run began with.
+
+    Raises:
+        ValueError: the text has changed since.
+    """
+    if saved["data"] != data.record or saved["tokenizer"] != data.tokenizer.state():
+        was, now = saved["data"], data.record
+        raise ValueError(
+            f"the run was trained on {was['name']} (SHA-256 {was['sha256'][:12]}...), and what is there now is "
+            f"{now['name']} ({now['sha256'][:12]}...): put the old text back, or start a new run"
+        )
 
 
 def already_finished(run: Path, step: int) -> float | None:
@@ -217,9 +250,10 @@ def announce(run: Path, data: Any, module: Any, trainer: Any, start_step: int) -
     log.info("run folder: %s%s", shown(run), f", going on at step {start_step}" if start_step else "")
 
 
-def summarise(trainer: Any, module: Any, data: Any, seconds: float) -> dict[str, Any]:
+def summarise(run: Path, trainer: Any, module: Any, data: Any, seconds: float) -> dict[str, Any]:
     from gptlab.callbacks.throughput import Throughput
 
+    checkpoints = [f"checkpoints/{name}.ckpt" for name in ("best", "last")]
     speeds = [callback.tokens_per_s for callback in trainer.callbacks if isinstance(callback, Throughput)]
     return {
         "status": "finished",
@@ -229,7 +263,7 @@ def summarise(trainer: Any, module: Any, data: Any, seconds: float) -> dict[str,
         "tokens_per_s": speeds[0] if speeds else None,
         "seconds": seconds,
         "data": data.record,
-        "checkpoint": "checkpoints/best.ckpt",
+        "checkpoint": next((path for path in checkpoints if (run / path).exists()), None),
     }
 
 
@@ -243,10 +277,11 @@ def conclude(run: Path, data: Any, summary: dict[str, Any]) -> None:
     if data.warning:
         log.warning("\n*** WARNING: %s ***", data.warning)
     log.info("run folder: %s\n\nnext:", place)
-    log.info("  python -m gptlab.sample ckpt=%s", place)
+    if summary["checkpoint"]:
+        log.info("  python -m gptlab.sample ckpt=%s", place)
+        log.info("  %s trainer.max_steps=%d", resume_command(run), 2 * summary["steps"])
     if (run / "tensorboard").is_dir():
         log.info("  tensorboard --logdir %s", place)
-    log.info("  %s trainer.max_steps=%d", resume_command(run), 2 * summary["steps"])
 
 
 def resume_command(run: Path) -> str:

@@ -75,7 +75,13 @@ def test_sampling_disturbs_neither_weights_nor_random_numbers(tmp_path):
         trainer.fit(module, datamodule=Data())
         return torch.cat([p.flatten() for p in module.model.parameters()])
 
-    assert torch.equal(run([]), run([SampleText("a", 20, 1.0, None)]))
+    class Watched(SampleText):
+        def on_validation_end(self, trainer, pl_module):
+            before = torch.get_rng_state()
+            super().on_validation_end(trainer, pl_module)
+            assert torch.equal(before, torch.get_rng_state())
+
+    assert torch.equal(run([]), run([Watched("a", 20, 1.0, None)]))
 
 
 def test_samples_are_in_tensorboards_text_tab(tmp_path):
@@ -124,8 +130,9 @@ def test_peak_is_only_claimed_where_it_is_known(monkeypatch):
     assert peak_flops(cuda, "bf16-mixed") == 989e12
     assert peak_flops(cuda, "32-true") is None
     assert peak_flops(torch.device("cpu"), "bf16-mixed") is None
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some Card")
-    assert peak_flops(cuda, "bf16-mixed") is None
+    for name in ("Some Card", "NVIDIA L40", "NVIDIA H100 NVL", "NVIDIA GeForce RTX 4090 Laptop GPU", "NVIDIA T400"):
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
+        assert peak_flops(cuda, "bf16-mixed") is None, name
 
 
 def test_progress_bar_on_a_terminal(tmp_path):

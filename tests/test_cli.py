@@ -13,15 +13,20 @@ from gptlab import cli
 @pytest.mark.parametrize(
     "text",
     ["hello", "a, b", "First Citizen:", "a=b", "it's", 'say "hi" now', "tail\\", "\\'", "\\\\'x", "{a: [1]}", "${seed}", "\\${x}",
-     "$x", "1.5", "true", "  spaces ", "line\nbreak\ttab", "#%&|;<>()", "", "é🙂", "C:\\temp\\new"],
+     "$x", "1.5", "true", "  spaces ", "line\nbreak\ttab", "#%&|;<>()", "", "'a' and 'b'", '"quoted"', "'", "a\\\n", "é🙂", "C:\\temp\\new"],
 )  # fmt: skip
 def test_free_text_reaches_the_config_word_for_word(text):
     override = OverridesParser.create().parse_override(f"prompt={cli._quote(text)}")
     assert OmegaConf.create({"prompt": override.value(), "seed": 7}).prompt == text
 
 
-def test_null_and_quoted_text_stay():
-    assert [cli._quote(text) for text in ("null", "'a, b'", '"a"')] == ["null", "'a, b'", '"a"']
+def test_null_stays_null():
+    assert cli._quote("null") == "null"
+
+
+def test_texts_are_quoted_except_in_sweeps():
+    assert cli._prepare(["data.path=my (1), text.txt", "hardware=cpu"], "train")[0] == "data.path='my (1), text.txt'"
+    assert "data.path=a,b" in cli._prepare(["-m", "data.path=a,b", "hardware=cpu"], "train")
 
 
 def test_flags_come_first():

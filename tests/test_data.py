@@ -92,6 +92,7 @@ def test_download_is_kept_and_checked(server, tmp_path):
     for _ in range(2):
         data = char_data(url=server.url, sha256=SHA256, folder=str(tmp_path / "cache"))
         assert data.record == {"name": "a_text", "sha256": SHA256}
+        assert data.resolved == {"folder": str(tmp_path / "cache")}
     assert server.requests == 1
     assert [file.name for file in (tmp_path / "cache").iterdir()] == ["a_text.txt"]
 

@@ -203,6 +203,11 @@ def test_inputs_that_make_no_sense(ids, text):
         small()(ids)
 
 
+def test_ids_in_the_padding_are_outside_the_vocabulary():
+    with pytest.raises(ValueError, match=r"vocabulary 0\.\.10"):
+        small(vocab_multiple=8)(torch.full((1, 7), 12))
+
+
 def test_flops_per_token():
     """12 L C T for attention on top of 6 for every weight of a matrix: here by hand for one layer."""
     model = GPT(vocab_size=10, block_size=8, n_layer=1, n_head=1, n_embd=4)

@@ -176,6 +176,75 @@ def test_a_moved_run_resumes_where_it_lies(gptlab, tmp_path):
     assert json.loads((tmp_path / "new place/run, moved/summary.json").read_text())["steps"] == 6
 
 
+def test_a_resume_with_another_text_changes_nothing(gptlab, tmp_path):
+    """Refused before the run folder is touched: with the old text back, the run goes on."""
+    text = "To be, or not to be: that is the question.\n" * 100
+    (tmp_path / "my text.txt").write_text(text)
+    gptlab("train", *TINY, "data=text", "data.path=my text.txt", "hydra.run.dir=run")
+    before = {
+        name: (tmp_path / "run" / name).read_bytes()
+        for name in ("summary.json", "config.yaml", "run.json", "metrics.jsonl")
+    }
+    (tmp_path / "my text.txt").write_text(text + "?")
+    assert "put the old text back" in gptlab("train", "resume=run", "trainer.max_steps=6", status=2).stderr
+    assert before == {name: (tmp_path / "run" / name).read_bytes() for name in before}
+    (tmp_path / "my text.txt").write_text(text)
+    gptlab("train", "resume=run", "trainer.max_steps=6")
+
+
+def test_a_resume_never_falls_back_to_another_text(gptlab, tmp_path, shakespeare):
+    (tmp_path / "data").mkdir()
+    shutil.copy(shakespeare, tmp_path / "data/shakespeare_char.txt")
+    gptlab("train", "experiment=shakespeare_char", *TINY, "data.url=http://127.0.0.1:9/", "hydra.run.dir=run")
+    (tmp_path / "data").rename(tmp_path / "away")
+    gptlab("train", "resume=run", "trainer.max_steps=6", status=2)
+    (tmp_path / "away").rename(tmp_path / "data")
+    gptlab("train", "resume=run", "trainer.max_steps=6", GPTLAB_DATA="elsewhere")  # the folder was saved
+
+
+def test_a_run_killed_before_its_first_checkpoint_starts_again(gptlab, tmp_path):
+    """And neither metrics.jsonl nor TensorBoard show a step twice."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    (tmp_path / "killer.py").write_text(KILLER)
+    kill = ["+callbacks.kill._target_=killer.Kill", "+callbacks.kill.step=3", "trainer.val_every=4"]
+    gptlab("train", *TINY, *kill, "hydra.run.dir=run", status=-signal.SIGKILL, PYTHONPATH=str(tmp_path))
+    assert not (tmp_path / "run/checkpoints").exists()
+    gptlab("train", "resume=run", PYTHONPATH=str(tmp_path))
+    assert [line["step"] for line in metrics(tmp_path / "run") if "train/loss" in line] == [1, 2, 3, 4]
+    events = EventAccumulator(str(tmp_path / "run/tensorboard")).Reload()
+    assert [event.step for event in events.Scalars("train/loss")] == [1, 2, 3, 4]
+
+
+def test_a_diverged_run_ends_with_its_metric(gptlab, tmp_path):
+    """A learning rate that blows the model up is a result of a sweep, not a crash of the sampling callback."""
+    blown = ["optim.lr=1e30", "optim.warmup_steps=0", "optim.grad_clip=0", "hydra.run.dir=run"]
+    assert "no sample" in gptlab("train", *TINY, *blown).stdout
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    assert summary["status"] == "finished" and summary["last"]["val/loss"] is None
+    assert "not finite" in gptlab("sample", "ckpt=run", status=2).stderr
+
+
+def test_without_validation_the_end_is_saved(gptlab, tmp_path):
+    done = gptlab("train", *TINY, "+trainer.extra.limit_val_batches=0", "hydra.run.dir=run")
+    assert json.loads((tmp_path / "run/summary.json").read_text())["checkpoint"] == "checkpoints/last.ckpt"
+    assert torch.load(tmp_path / "run/checkpoints/last.ckpt", weights_only=True)["global_step"] == 4
+    assert "gptlab.sample" in done.stdout
+
+
+def test_without_callbacks_and_logger(gptlab, tmp_path):
+    done = gptlab("train", *TINY[:-1], "~callbacks", "~logger", "hydra.run.dir=run")
+    assert json.loads((tmp_path / "run/summary.json").read_text())["checkpoint"] is None
+    assert "next:" in done.stdout and "ckpt=" not in done.stdout and "tensorboard" not in done.stdout
+
+
+def test_types_are_checked_on_a_resume_too(gptlab, tmp_path):
+    gptlab("train", *TINY, "hydra.run.dir=run")
+    for override in ("trainer.max_steps=abc", "trainer.max_steps=1.5", "data.workers=x"):
+        stderr = gptlab("train", "resume=run", override, status=2).stderr
+        assert override.partition("=")[0].rpartition(".")[2] in stderr and "Traceback" not in stderr
+
+
 def test_a_resume_keeps_its_config(gptlab, tmp_path):
     gptlab("train", *TINY, "hydra.run.dir=run")
     stderr = gptlab("train", "resume=run", "optim.lr=1", "model=gpt2", "trainer.max_steps=6", status=2).stderr
@@ -196,7 +265,7 @@ def test_nothing_is_overwritten(gptlab, tmp_path):
 
 def test_two_processes_see_the_batches_of_one(gptlab, tmp_path):
     """An odd batch over two processes, uneven shares and micro-batches: the same losses, norms and validation."""
-    common = [*TINY, "data.batch_size=7", "data.micro_batch_size=2"]
+    common = [*TINY, "data.batch_size=7", "data.micro_batch_size=2", "trainer.log_every=3", "data.val_windows=11"]
     gptlab("train", *common, "hydra.run.dir=one")
     gptlab("train", *common, "hydra.run.dir=two", "trainer.devices=2")
     one, two = metrics(tmp_path / "one"), metrics(tmp_path / "two")
@@ -218,13 +287,14 @@ def test_multirun_is_one_process_per_job(gptlab, tmp_path):
     assert [(c["model"]["n_layer"], c["optim"]["lr"]) for c in configs] == [(1, 1e-3), (1, 3e-3), (2, 1e-3), (2, 3e-3)]
     assert all((job / "summary.json").exists() and (job / "checkpoints/best.ckpt").exists() for job in jobs)
     assert done.stdout.count("tokens per optimizer step") == 4
+    assert "no accelerator" in done.stdout or "torch sees" in done.stdout or "as given" in done.stdout
     assert not (tmp_path / "outputs").exists()
 
 
 def test_multirun_goes_on_after_a_failing_job_and_fails(gptlab, tmp_path):
     done = gptlab("train", "-m", *TINY, "model.n_head=5,3", status=1)
     (sweep,) = (tmp_path / "sweeps/python_docs").iterdir()
-    assert "model.n_head=5" in done.stderr
+    assert "model.n_head=5" in done.stderr and "ended with status 2" in done.stderr and "Traceback" not in done.stderr
     assert not (sweep / "0/summary.json").exists() and (sweep / "1/summary.json").exists()
 
 
@@ -310,6 +380,11 @@ def test_no_network_and_no_fallback_is_an_error(gptlab):
         (["model.n_layers=3"], ["n_layers"]),
         (["optim.lr=fast"], ["optim.lr", "fast"]),
         (["resume=nowhere"], ["nowhere does not exist"]),
+        (["optim.betas=[0.9]"], ["optim.betas", "two numbers"]),
+        (["trainer.strategy=magic"], ["trainer.", "magic"]),
+        (["+trainer.extra.magic=1"], ["trainer.", "magic"]),
+        (["logger=null"], ["NoneType"]),
+        (["-m", "resume=nowhere", "seed=1,2"], ["sweep"]),
     ],
 )
 def test_mistakes_are_texts_with_status_2(gptlab, arguments, texts):

@@ -55,8 +55,10 @@ def test_share_is_contiguous_and_even():
         assert max(map(len, parts)) - min(map(len, parts)) <= 1
 
 
-@pytest.mark.parametrize("tokens", [9, 10, 16, 17, 18, 100, 801])
-@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize(
+    ("world_size", "tokens"),
+    [(1, 2), (1, 9), (1, 10), (1, 17), *((w, t) for w in (1, 2, 3) for t in (18, 24, 25, 26, 801))],
+)
 def test_validation_predicts_each_token_but_the_first_once(tokens, world_size):
     targets = []
     for rank in range(world_size):
@@ -65,6 +67,11 @@ def test_validation_predicts_each_token_but_the_first_once(tokens, world_size):
             assert ids.shape[1] == 9 and ids.shape == mask.shape
             targets += ids[:, 1:][mask[:, 1:]].tolist()
     assert sorted(targets) == list(range(1, tokens))
+
+
+def test_more_processes_than_validation_windows():
+    with pytest.raises(ValueError, match=r"data.val_windows.*trainer.devices"):
+        ValBatches(np.arange(100, dtype=np.uint16), 8, 2, 3, 0, 3)
 
 
 def test_validation_on_the_first_windows():

@@ -50,8 +50,9 @@ class Checkpointing(Checkpoint):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs, batch, batch_idx: int
     ) -> None:
-        validation_follows = trainer.should_stop or trainer.global_step % trainer.val_check_batch == 0
-        if trainer.global_step % self.every == 0 and not validation_follows:
+        validation_due = trainer.should_stop or trainer.global_step % trainer.val_check_batch == 0
+        save_due = trainer.should_stop or trainer.global_step % self.every == 0
+        if save_due and not (validation_due and trainer.enable_validation):
             self._save(trainer)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

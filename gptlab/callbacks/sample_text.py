@@ -1,6 +1,7 @@
 """Shows what the model writes, so that one sees it learn."""
 
 import logging
+import math
 
 import lightning as L
 import torch
@@ -27,6 +28,9 @@ class SampleText(L.Callback):
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.sanity_checking or not trainer.is_global_zero:
+            return
+        if not math.isfinite(pl_module.validated["val/loss"]):
+            log.info("no sample: the validation loss is not finite")
             return
         idx = torch.from_numpy(self._ids.astype("int64")).to(pl_module.device)[None]
         generator = torch.Generator(pl_module.device).manual_seed(trainer.global_step)

@@ -1,5 +1,6 @@
 """How fast training goes: tokens per second, and the share of the hardware's peak that is used."""
 
+import re
 import time
 
 import lightning as L
@@ -73,4 +74,6 @@ def peak_flops(device: torch.device, precision: str) -> float | None:
     if device.type != "cuda" or not precision.startswith(("bf16", "16")):
         return None
     name = torch.cuda.get_device_name(device)
-    return next((peak for key, peak in PEAK_FLOPS.items() if key in name), None)
+    if re.search(r"\b(NVL|Laptop|Max-Q)\b", name):  # slower variants under the same name
+        return None
+    return next((peak for key, peak in PEAK_FLOPS.items() if re.search(rf"\b{key}\b", name)), None)

@@ -74,8 +74,9 @@ class CharData(WindowData):
         file = data_folder(self.folder) / f"{self.name}.txt"
         try:
             download(self.url, self.sha256, file)
+            self.resolved = {"folder": str(file.parent.resolve())}
             return file.read_bytes().decode("utf-8")
-        except (OSError, http.client.HTTPException) as error:
+        except (OSError, ValueError, http.client.HTTPException) as error:  # ValueError: no URL at all
             trouble = (
                 f"{self.name} is not at {file} and cannot be downloaded from {self.url} ({error}). Put the file there "
                 f"or give it as data.path=FILE; its SHA-256 is {self.sha256}"

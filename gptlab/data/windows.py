@@ -70,6 +70,11 @@ class ValBatches(Dataset):
         self, ids: np.ndarray, block_size: int, windows: int | None, batch_size: int, rank: int, world_size: int
     ) -> None:
         total = -(-(len(ids) - 1) // block_size)
+        if min(total, windows or total) < world_size:
+            raise ValueError(
+                f"validation has {min(total, windows or total)} windows of data.block_size={block_size} for {world_size} "
+                "processes: each needs one; raise data.val_windows, or lower trainer.devices"
+            )
         self.ids, self.block_size, self.batch_size = ids, block_size, batch_size
         self.windows = share(min(total, windows or total), rank, world_size)
 
@@ -115,12 +120,16 @@ class WindowData(L.LightningDataModule):
         self.warning: str | None = None
 
     def check_lengths(self, source: str | Path) -> None:
-        """Raises ValueError unless both splits hold at least one window."""
+        """Raises ValueError unless both splits hold at least one window and only ids of the vocabulary."""
         for split, ids in (("training", self.train_ids), ("validation", self.val_ids)):
             if len(ids) < self.block_size + 1:
                 raise ValueError(
                     f"{source}: the {split} split has {len(ids)} tokens, and data.block_size={self.block_size} needs "
                     f"at least {self.block_size + 1}: give a longer text or a smaller data.block_size"
+                )
+            if ids.max() >= self.tokenizer.vocab_size:  # a GPU would notice only by crashing
+                raise ValueError(
+                    f"{source}: token id {ids.max()} is outside the vocabulary of {self.tokenizer.vocab_size}"
                 )
 
     def train_dataloader(self) -> DataLoader:
@@ -132,9 +141,9 @@ class WindowData(L.LightningDataModule):
 
     def val_dataloader(self) -> DataLoader:
         trainer = self.trainer
-        batch_size = self.micro_batch_size or max(
-            self.batch_size, 64
-        )  # without gradients larger batches fit, and are faster
+        # Without gradients larger batches fit, and are faster; but no more than 64 Ki tokens, for the logits' sake.
+        share = -(-self.batch_size // trainer.world_size)
+        batch_size = self.micro_batch_size or max(share, min(64, 65536 // self.block_size))
         batches = ValBatches(
             self.val_ids, self.block_size, self.val_windows, batch_size, trainer.global_rank, trainer.world_size
         )
