@@ -86,7 +86,7 @@ class TrainConfig:
     data: Any = MISSING
     optim: OptimConfig = MISSING
     trainer: TrainerConfig = MISSING
-    callbacks: Any = MISSING
+    callbacks: Any = None
     logger: Any = None
 
 

@@ -276,12 +276,15 @@ def conclude(run: Path, data: Any, summary: dict[str, Any]) -> None:
         log.info("best validation loss: %s, at step %d (on %s)", losses, best["step"], data.record["name"])
     if data.warning:
         log.warning("\n*** WARNING: %s ***", data.warning)
-    log.info("run folder: %s\n\nnext:", place)
+    log.info("run folder: %s", place)
+    commands = []
     if summary["checkpoint"]:
-        log.info("  python -m gptlab.sample ckpt=%s", place)
-        log.info("  %s trainer.max_steps=%d", resume_command(run), 2 * summary["steps"])
+        commands += [f"python -m gptlab.sample ckpt={place}"]
+        commands += [f"{resume_command(run)} trainer.max_steps={2 * summary['steps']}"]
     if (run / "tensorboard").is_dir():
-        log.info("  tensorboard --logdir %s", place)
+        commands += [f"tensorboard --logdir {place}"]
+    if commands:
+        log.info("\nnext:\n  %s", "\n  ".join(commands))
 
 
 def resume_command(run: Path) -> str:

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # several tests at a time: threads that wait for each other spin
+
 # A model and a run so small that a whole process takes a few seconds; a schedule that does not depend on max_steps.
 TINY = [
     "hardware=cpu",
