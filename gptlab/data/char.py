@@ -12,8 +12,8 @@ class CharData(WindowData):
     """The first 90 % of a text's characters for training, the last 10 % for validation (nanoGPT's split).
 
     The text is the file `path`, else the download `url`, kept in `folder`; under the name python_docs it is the
-    standard library's documentation. Where a download fails, `fallback=python_docs` goes on with that documentation, under its own name and with a
-    warning.
+    standard library's documentation. Where a download fails, `fallback=python_docs` goes on with that documentation,
+    under its own name and with a warning.
 
     Raises:
         FileNotFoundError: no such file, or no way to get it.
