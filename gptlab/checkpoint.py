@@ -30,7 +30,9 @@ def load(path: Path, device: str | torch.device = "cpu") -> tuple[GPT, CharToken
         prefix = "model."
         model.load_state_dict({name.removeprefix(prefix): w for name, w in weights.items() if name.startswith(prefix)})
     except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, TypeError, AttributeError, ValueError) as error:
-        reason = str(error).split("\n")[0]
+        reason = (
+            "no plain values and tensors" if isinstance(error, pickle.UnpicklingError) else str(error).split("\n")[0]
+        )
         raise ValueError(
             f"{path} is not a checkpoint of gptlab, or it is damaged ({type(error).__name__}: {reason})"
         ) from None

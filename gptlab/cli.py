@@ -206,4 +206,5 @@ def _sweep_job(entry: str, cfg: Any) -> float | None:
     status = subprocess.run(command, env=environment).returncode
     if status != 0:
         raise CompactHydraException(f"the job in {folder} ended with status {status}; what it said is above")
-    return json.loads((folder / "summary.json").read_text("utf-8"))["best"].get("val/loss")
+    summary = folder / "summary.json"  # sampling leaves none
+    return json.loads(summary.read_text("utf-8"))["best"].get("val/loss") if summary.exists() else None

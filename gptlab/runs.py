@@ -46,10 +46,10 @@ def find_run(run: str) -> Path:
     folder = Path(run).expanduser()
     if not (folder / "config.yaml").is_file():
         missing = "is not a run folder (it has no config.yaml)" if folder.exists() else "does not exist"
-        found = [*Path("outputs").glob("*/*/config.yaml"), *Path("sweeps").glob("*/*/*/config.yaml")]
+        found = [path for folder in ("outputs", "sweeps") for path in Path(folder).glob("**/run.json")]
         near = [str(path.parent) for path in sorted(found, key=lambda path: path.stat().st_mtime)]
         raise FileNotFoundError(
-            f"{run} {missing}; the newest runs here: {', '.join(near[-3:]) or 'none under outputs/ and sweeps/'}"
+            f"{run or 'an empty name'} {missing}; the newest runs here: {', '.join(near[-3:]) or 'none under outputs/ and sweeps/'}"
         )
     return folder
 

@@ -39,12 +39,12 @@ def train(cfg: Any) -> float | None:
     if trainer.is_global_zero:
         device, tokenizer = device_name(trainer), data.tokenizer.state()
         runs.record(run, resolved, data.record, tokenizer, device, resumed_at=start_step if resuming else None)
-        announce(run, data, module, trainer, start_step)
+        announce(run, data, module, trainer, resuming, start_step)
     fit(trainer, module, data, ckpt, run)
     summary = summarise(run, trainer, module, data, seconds=time.perf_counter() - started)
     if trainer.is_global_zero:
         runs.write_json(run / "summary.json", summary)
-        conclude(run, data, summary)
+        conclude(run, data, summary, start_step)
     return summary["best"].get("val/loss")
 
 
@@ -188,11 +188,8 @@ def fit(trainer: Any, module: Any, data: Any, ckpt: Path | None, run: Path) -> N
         if not trainer.interrupted:
             raise
         # Ctrl-C: Lightning has cleaned up, and would exit with 1
-        log.info(
-            "\ninterrupted at step %d; to go on from the last checkpoint:\n  %s",
-            trainer.global_step,
-            resume_command(run),
-        )
+        log.info("\ninterrupted at step %d; %s; to go on from there:", trainer.global_step, saved_so_far(run))
+        log.info("  %s", resume_command(run))
         sys.exit(130)
 
 
@@ -236,7 +233,7 @@ def device_name(trainer: Any) -> str:
     return f"{device.type} ({torch.get_num_threads()} threads)" if device.type == "cpu" else device.type
 
 
-def announce(run: Path, data: Any, module: Any, trainer: Any, start_step: int) -> None:
+def announce(run: Path, data: Any, module: Any, trainer: Any, resuming: bool, start_step: int) -> None:
     if data.warning:
         log.warning("\n*** WARNING: %s ***\n", data.warning)
     parameters = sum(p.numel() for p in module.model.parameters())
@@ -247,7 +244,9 @@ def announce(run: Path, data: Any, module: Any, trainer: Any, start_step: int) -
     log.info("model: %s parameters", f"{parameters:,}")
     tokens = f"{data.batch_size * data.block_size:,}"
     log.info("tokens per optimizer step: %s (%d sequences x %d tokens)", tokens, data.batch_size, data.block_size)
-    log.info("run folder: %s%s", shown(run), f", going on at step {start_step}" if start_step else "")
+    log.info("run folder: %s", shown(run))
+    if resuming:
+        log.info("going on at step %d: %s", start_step, saved_so_far(run))
 
 
 def summarise(run: Path, trainer: Any, module: Any, data: Any, seconds: float) -> dict[str, Any]:
@@ -267,10 +266,10 @@ def summarise(run: Path, trainer: Any, module: Any, data: Any, seconds: float) -
     }
 
 
-def conclude(run: Path, data: Any, summary: dict[str, Any]) -> None:
+def conclude(run: Path, data: Any, summary: dict[str, Any], start_step: int) -> None:
     best, place = summary["best"], shown(run)
-    speed = f", {summary['tokens_per_s']:,.0f} tokens/s" if summary["tokens_per_s"] else ""
-    log.info("\n%d steps in %.0f s%s", summary["steps"], summary["seconds"], speed)
+    speed = f", {summary['tokens_per_s']:,.0f} tokens/s while training" if summary["tokens_per_s"] else ""
+    log.info("\n%d steps in %.0f s%s", summary["steps"] - start_step, summary["seconds"], speed)
     if best:
         losses = f"{best['val/loss']:.4f} nats per token, {best['val/bits_per_byte']:.4f} bits per byte"
         log.info("best validation loss: %s, at step %d (on %s)", losses, best["step"], data.record["name"])
@@ -289,6 +288,11 @@ def conclude(run: Path, data: Any, summary: dict[str, Any]) -> None:
 
 def resume_command(run: Path) -> str:
     return f"python -m gptlab.train resume={shown(run)}"
+
+
+def saved_so_far(run: Path) -> str:
+    ckpt = runs.newest_checkpoint(run)
+    return f"the last checkpoint is of step {read_checkpoint(ckpt)['global_step']}" if ckpt else "nothing was saved yet"
 
 
 def shown(path: Path) -> str:

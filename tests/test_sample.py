@@ -99,3 +99,8 @@ def test_foreign_files_are_refused_and_never_run(gptlab, tmp_path, content):
 def test_damaged_file_is_refused(gptlab, tmp_path, checkpoint):
     (tmp_path / "cut.ckpt").write_bytes(checkpoint.read_bytes()[:-1000])
     assert "error: cut.ckpt" in gptlab("sample", "ckpt=cut.ckpt", status=2).stderr
+
+
+def test_sweep_over_seeds(gptlab, tmp_path, checkpoint):
+    shown = gptlab("sample", "-m", f"ckpt={checkpoint}", "prompt=a", "max_new_tokens=5", "seed=1,2").stdout
+    assert len([line for line in shown.splitlines() if line.startswith("a")]) == 2
