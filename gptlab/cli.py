@@ -6,6 +6,7 @@ Exit status: 0 done, 1 failed, 2 a user's mistake, 130 interrupted.
 import contextlib
 import functools
 import json
+import logging
 import os
 import platform
 import re
@@ -48,6 +49,7 @@ def main(task: Callable[[Any], float | None], entry: str) -> None:
 
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # a terminal that cannot show a character is no reason to stop
+    logging.raiseExceptions = False  # `| head` closes the terminal's stream; the run and its train.log go on
     config.register()
     with _mistakes_as_text(show_all == "1", composing=True):
         sys.argv[1:] = _prepare(sys.argv[1:], entry)

@@ -197,9 +197,10 @@ def test_a_resume_never_falls_back_to_another_text(gptlab, tmp_path, shakespeare
     shutil.copy(shakespeare, tmp_path / "data/shakespeare_char.txt")
     gptlab("train", "experiment=shakespeare_char", *TINY, "data.url=http://127.0.0.1:9/", "hydra.run.dir=run")
     (tmp_path / "data").rename(tmp_path / "away")
-    gptlab("train", "resume=run", "trainer.max_steps=6", status=2)
+    assert "cannot be downloaded" in gptlab("train", "resume=run", "trainer.max_steps=6", status=2).stderr
     (tmp_path / "away").rename(tmp_path / "data")
     gptlab("train", "resume=run", "trainer.max_steps=6", GPTLAB_DATA="elsewhere")  # the folder was saved
+    assert json.loads((tmp_path / "run/summary.json").read_text())["data"]["name"] == "shakespeare_char"
 
 
 def test_a_run_killed_before_its_first_checkpoint_starts_again(gptlab, tmp_path):
