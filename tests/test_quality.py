@@ -1,4 +1,4 @@
-"""Real trainings, minutes each (`-m slow`, on an otherwise idle machine): does it learn as well as nanoGPT does?"""
+"""Real trainings, minutes each (`-m slow -n 0`, on an otherwise idle machine): does it learn as well as nanoGPT does?"""
 
 import json
 import os
