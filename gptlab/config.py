@@ -138,7 +138,7 @@ def check(cfg: Any) -> None:
         if not ok:
             problems.append(f"{key}={value}: it must be {allowed}")
 
-    need(0 <= cfg.seed < 2**63, "seed", cfg.seed, "from 0 to 2**63 - 1")
+    need(0 <= cfg.seed < 2**32, "seed", cfg.seed, "from 0 to 2**32 - 1")  # numpy's legacy generator takes no more
     for key in ("max_steps", "val_every", "log_every", "checkpoint_every", "devices", "num_nodes"):
         need(trainer[key] >= 1, f"trainer.{key}", trainer[key], "at least 1")
     allowed = ["auto", *PRECISIONS]

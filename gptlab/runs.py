@@ -80,7 +80,7 @@ def newest_checkpoint(run: Path) -> Path | None:
 def without_paths(resolved: dict[str, Any]) -> dict[str, Any]:
     """The config for a checkpoint, which may travel: without the places of this machine's files."""
     data = {key: None if key in ("path", "folder") else value for key, value in resolved["data"].items()}
-    return {**resolved, "data": data, "resume": None}
+    return {**resolved, "data": data}
 
 
 def record(

@@ -16,8 +16,10 @@ log = logging.getLogger("gptlab")
 
 def train(cfg: Any) -> float | None:
     """Train as the config says; returns the best validation loss, which a sweeper minimises (None without validation)."""
+    from hydra.core.hydra_config import HydraConfig
+
     started = time.perf_counter()
-    run = Path(_hydra().runtime.output_dir)
+    run = Path(HydraConfig.get().runtime.output_dir)
     resuming = cfg.resume is not None
     if resuming:
         cfg = config.typed(cfg)
@@ -301,12 +303,6 @@ def shown(path: Path) -> str:
 
     near = path.is_relative_to(Path.cwd())
     return shlex.quote(os.path.relpath(path) if near else str(path))
-
-
-def _hydra() -> Any:
-    from hydra.core.hydra_config import HydraConfig
-
-    return HydraConfig.get()
 
 
 if __name__ == "__main__":

@@ -384,6 +384,7 @@ def test_no_network_and_no_fallback_is_an_error(gptlab):
         (["optim.betas=[0.9]"], ["optim.betas", "two numbers"]),
         (["trainer.strategy=magic"], ["trainer.", "magic"]),
         (["+trainer.extra.magic=1"], ["trainer.", "magic"]),
+        (["seed=4294967296"], ["seed=4294967296", "2**32 - 1"]),
         (["logger=null"], ["NoneType"]),
         (["-m", "resume=nowhere", "seed=1,2"], ["sweep"]),
     ],
