@@ -24,7 +24,9 @@ class GPTConfig:
     n_embd: int = MISSING
     dropout: float = 0.0
     bias: bool = False
+    gelu: str = "erf"  # or tanh, GPT-2's
     vocab_multiple: int = 1
+    activation_checkpointing: bool = False  # less memory, about a third more time
     compile: bool = False  # torch.compile, in place
 
 
@@ -43,7 +45,8 @@ class WindowsConfig:
 @dataclass
 class CharConfig(WindowsConfig):
     _target_: str = "gptlab.data.char.CharData"
-    path: str | None = None  # a local text file
+    path: str | None = None  # a text file, a glob, or a folder of .txt files
+    val_path: str | None = None  # the same for validation; null: the last 10 % of the text
     url: str | None = None  # where to download it from otherwise
     sha256: str | None = None  # of that file
     fallback: str | None = None  # python_docs: train on that text if there is no file and no network; null: an error
@@ -73,7 +76,82 @@ class TrainerConfig:
     num_nodes: int = MISSING
     strategy: str = MISSING
     precision: str = MISSING  # auto | 32 | bf16 | fp16
+    max_time: str | None = None  # DD:HH:MM:SS of training, over all resumes; null: no limit
     extra: dict[str, Any] = field(default_factory=dict)  # passed to lightning.Trainer as it is
+
+
+@dataclass
+class ProgressConfig:
+    _target_: str = "gptlab.callbacks.progress.Progress"
+
+
+@dataclass
+class SampleTextConfig:
+    _target_: str = "gptlab.callbacks.sample_text.SampleText"
+    prompt: str | None = None  # null: the line break, where the vocabulary has it
+    max_new_tokens: int = MISSING
+    temperature: float = MISSING
+    top_k: int | None = None
+
+
+@dataclass
+class ThroughputConfig:
+    _target_: str = "gptlab.callbacks.throughput.Throughput"
+
+
+@dataclass
+class CheckpointingConfig:
+    _target_: str = "gptlab.callbacks.checkpointing.Checkpointing"
+    every: int = MISSING
+
+
+@dataclass
+class EarlyStoppingConfig:
+    _target_: str = "lightning.pytorch.callbacks.EarlyStopping"
+    monitor: str = "val/loss"
+    mode: str = "min"
+    patience: int = MISSING  # validations without an improvement
+    min_delta: float = 0.0
+
+
+@dataclass
+class EMAConfig:
+    _target_: str = "gptlab.callbacks.ema.EMA"
+    decay: float = MISSING
+
+
+@dataclass
+class OverfitConfig:
+    _target_: str = "gptlab.callbacks.overfit.Overfit"
+    target: float = MISSING  # training loss that counts as near 0, in nats per token
+
+
+@dataclass
+class ProfileConfig:
+    _target_: str = "gptlab.callbacks.profile.Profile"
+    skip_steps: int = MISSING
+    steps: int = MISSING
+    rows: int = MISSING  # of the table
+
+
+@dataclass
+class TensorBoardConfig:
+    _target_: str = "lightning.pytorch.loggers.TensorBoardLogger"
+    name: str = "tensorboard"
+    version: str = ""
+    default_hp_metric: bool = False
+
+
+@dataclass
+class WandbConfig:
+    _target_: str = "lightning.pytorch.loggers.WandbLogger"
+    project: str = MISSING
+    name: str | None = None
+    tags: list[str] = field(default_factory=list)
+    entity: str | None = None
+    group: str | None = None
+    notes: str | None = None
+    offline: bool = False
 
 
 @dataclass
@@ -103,15 +181,32 @@ class SampleConfig:
     device: str = MISSING
 
 
+# The schemas that YAML files pull in, as /schema/NAME@_here_.
+SCHEMAS = {
+    "gpt": GPTConfig,
+    "char": CharConfig,
+    "progress": ProgressConfig,
+    "sample_text": SampleTextConfig,
+    "throughput": ThroughputConfig,
+    "checkpointing": CheckpointingConfig,
+    "early_stopping": EarlyStoppingConfig,
+    "ema": EMAConfig,
+    "overfit": OverfitConfig,
+    "profile": ProfileConfig,
+    "tensorboard": TensorBoardConfig,
+    "wandb": WandbConfig,
+}
+
+
 def register() -> None:
-    """Make the schemas known to Hydra; YAML files pull them in by these names."""
+    """Make the schemas known to Hydra."""
     from hydra.core.config_store import ConfigStore
 
     store = ConfigStore.instance()
     store.store(name="train_schema", node=TrainConfig)
     store.store(name="sample_schema", node=SampleConfig)
-    store.store(group="model", name="gpt_schema", node=GPTConfig)
-    store.store(group="data", name="char_schema", node=CharConfig)
+    for name, node in SCHEMAS.items():
+        store.store(group="schema", name=name, node=node)
 
 
 def typed(cfg: Any) -> Any:
@@ -119,9 +214,12 @@ def typed(cfg: Any) -> Any:
     from omegaconf import OmegaConf
 
     result = OmegaConf.merge(OmegaConf.structured(TrainConfig), cfg)
-    for node, schema in (("model", GPTConfig), ("data", CharConfig)):
-        if cfg[node].get("_target_") == schema._target_:
-            result[node] = OmegaConf.merge(OmegaConf.structured(schema), cfg[node])
+    schemas = {schema._target_: schema for schema in SCHEMAS.values()}
+    for key in ("model", "data", "logger", *(f"callbacks.{name}" for name in cfg.callbacks or ())):
+        node = OmegaConf.select(cfg, key)
+        if node is not None and node.get("_target_") in schemas:
+            schema = OmegaConf.structured(schemas[node._target_])
+            OmegaConf.update(result, key, OmegaConf.merge(schema, node), merge=False)
     return result
 
 
