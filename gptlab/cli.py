@@ -4,6 +4,7 @@ Exit status: 0 done, 1 failed, 2 a user's mistake, 130 interrupted.
 """
 
 import contextlib
+import difflib
 import functools
 import json
 import logging
@@ -14,16 +15,27 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from gptlab import config, runs
+from gptlab import config, mistakes, runs
 
-VALUE_FLAGS = ("--cfg", "-c", "--package", "-p", "--config-path", "-cp", "--config-name", "-cn", "--config-dir", "-cd")
+# Hydra's flags, those that take a value first.
+VALUE_FLAGS = ("--cfg", "-c", "--package", "-p", "--config-path", "-cp", "--config-name", "-cn", "--config-dir", "-cd",
+               "--experimental-rerun", "--info", "-i")  # fmt: skip
+FLAGS = (*VALUE_FLAGS, "--help", "-h", "--hydra-help", "--version", "--resolve", "--run", "-r", "--multirun", "-m",
+         "--shell-completion", "-sc")  # fmt: skip
 # Free text, which Hydra's grammar would trip over: taken word for word, except in sweeps.
-TEXT_KEYS = ("prompt", "prompt_file", "ckpt", "data.path", "data.folder", "callbacks.sample_text.prompt")
+TEXT_KEYS = (
+    "prompt",
+    "prompt_file",
+    "ckpt",
+    "data.path",
+    "data.val_path",
+    "data.folder",
+    "callbacks.sample_text.prompt",
+)
 RESUME_MAY_CHANGE = ("trainer.", "data.workers", "data.micro_batch_size")
 
 hardware_note = ""  # which hardware was chosen and why, for the log
@@ -45,7 +57,7 @@ def main(task: Callable[[Any], float | None], entry: str) -> None:
         if HydraConfig.get().mode == RunMode.MULTIRUN:
             return _sweep_job(entry, cfg)
         with _mistakes_as_text(show_all == "1", composing=False):
-            return task(cfg)
+            return task(config.typed(cfg, entry))
 
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # a terminal that cannot show a character is no reason to stop
@@ -58,11 +70,7 @@ def main(task: Callable[[Any], float | None], entry: str) -> None:
 
 @contextlib.contextmanager
 def _mistakes_as_text(show_all: bool, composing: bool) -> Iterator[None]:
-    """Print a user's mistake as its text alone and exit with 2. Mistakes are the ValueErrors and FileNotFoundErrors
-    that gptlab's own code raises (while composing, anybody's), and what Hydra and OmegaConf cannot compose or build."""
-    from hydra.errors import HydraException
-    from omegaconf.errors import OmegaConfBaseException
-
+    """Print a user's mistake as its text alone and exit with 2."""
     try:
         yield
     except KeyboardInterrupt:
@@ -70,29 +78,19 @@ def _mistakes_as_text(show_all: bool, composing: bool) -> Iterator[None]:
     except BrokenPipeError:  # `| head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
-    except (ValueError, FileNotFoundError, HydraException, OmegaConfBaseException) as error:
-        from_config = isinstance(error, (HydraException, OmegaConfBaseException)) or (composing and not _is_ours(error))
-        if show_all or not (from_config or _is_ours(error)):
+    except Exception as error:
+        text = None if show_all else mistakes.explain(error, composing)
+        if text is None:
             raise
-        causes = [error.__cause__] if from_config and error.__cause__ else []
-        reasons = causes if causes and _is_ours(causes[0]) else [error, *causes]
-        print("\nerror: " + "\n".join(str(reason) for reason in reasons), file=sys.stderr)
-        if from_config and reasons[0] is error:
-            print("(HYDRA_FULL_ERROR=1 shows where it comes from)", file=sys.stderr)
+        print(f"\nerror: {text}", file=sys.stderr)
         sys.exit(2)
-
-
-def _is_ours(error: BaseException | None) -> bool:
-    if not isinstance(error, (ValueError, FileNotFoundError)):
-        return False
-    raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
-    return Path(config.__file__).parent in Path(raised_in).parents
 
 
 def _prepare(argv: list[str], entry: str) -> list[str]:
     """The command line as Hydra needs it: flags first, free text quoted, hardware chosen, a resume redirected."""
     global hardware_note
     flags, overrides = _split(argv)
+    _check_overrides(overrides)
     given = dict(override.partition("=")[::2] for override in overrides)
     if given.get("hydra.job.name", "").startswith("train_ddp_process_"):  # Lightning started us with what it says below
         return [*flags, *overrides, "hydra/job_logging=none"]
@@ -128,10 +126,35 @@ def _split(argv: list[str]) -> tuple[list[str], list[str]]:
         if not argument.startswith("-"):
             overrides.append(argument)
             continue
+        flag, _, value = argument.partition("=")
+        if flag not in FLAGS:
+            near = difflib.get_close_matches(flag, FLAGS, n=1)
+            instead = f"settings have no dashes: {flag.lstrip('-')}={value or 'VALUE'}"
+            raise ValueError(f"unknown flag {flag}; " + (f"did you mean {near[0]}?" if near else instead))
         flags.append(argument)
-        if argument in VALUE_FLAGS and rest:
+        if argument in VALUE_FLAGS and rest and "=" not in rest[0]:
             flags.append(rest.pop(0))
+        if flag in ("--cfg", "-c") and (value or flags[-1]) not in ("job", "hydra", "all"):
+            raise ValueError(f"{flag} shows the config of: job, hydra or all")
     return flags, overrides
+
+
+def _check_overrides(overrides: list[str]) -> None:
+    """What Hydra would not name the key of, or stumble over while it writes the run folder.
+
+    Raises:
+        ValueError: bytes that are not UTF-8, or a group that is given a number or null.
+    """
+    for override in overrides:
+        key, _, value = override.partition("=")
+        if not override.isascii() and any("\ud800" <= char <= "\udfff" for char in override):
+            raise ValueError(
+                f"{ascii(override)} is not valid text: it holds bytes that are not UTF-8, or half a character"
+            )
+        groups = [path.name for path in config.CONF.iterdir() if path.is_dir()]
+        if key in groups and key not in ("experiment", "debug") and re.fullmatch(r"null|[\d.]+", value):
+            choices = ", ".join(mistakes.options(key))
+            raise ValueError(f"{override}: it must be one of {choices} (and '~{key}' leaves it out)")
 
 
 def _quote(text: str) -> str:

@@ -4,12 +4,16 @@ The dataclasses give names and types; the values live in conf/. Only the standar
 composing a config stays fast.
 """
 
+import importlib.util
 import math
+import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 MISSING: Any = "???"  # OmegaConf's mark of a value that must be given
+VALIDATED = ("val/loss", "val/perplexity", "val/bits_per_byte")  # what each validation measures
 PRECISIONS = {"32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}  # ours -> Lightning's
 
 _package = Path(__file__).resolve().parent
@@ -107,7 +111,7 @@ class CheckpointingConfig:
 
 @dataclass
 class EarlyStoppingConfig:
-    _target_: str = "lightning.pytorch.callbacks.EarlyStopping"
+    _target_: str = "gptlab.callbacks.early_stopping.EarlyStopping"
     monitor: str = "val/loss"
     mode: str = "min"
     patience: int = MISSING  # validations without an improvement
@@ -179,9 +183,10 @@ class SampleConfig:
     top_k: int | None = None
     seed: int = MISSING
     device: str = MISSING
+    trust: bool = False  # build classes that the checkpoint names and gptlab does not define
 
 
-# The schemas that YAML files pull in, as /schema/NAME@_here_.
+# The schemas that YAML files pull in, as /hydra/schema/NAME@_here_: in a group of Hydra, --help does not list them.
 SCHEMAS = {
     "gpt": GPTConfig,
     "char": CharConfig,
@@ -206,62 +211,168 @@ def register() -> None:
     store.store(name="train_schema", node=TrainConfig)
     store.store(name="sample_schema", node=SampleConfig)
     for name, node in SCHEMAS.items():
-        store.store(group="schema", name=name, node=node)
+        store.store(group="hydra/schema", name=name, node=node)
 
 
-def typed(cfg: Any) -> Any:
-    """A config that was composed from a run folder has no types: the same with those of the schemas, checked."""
-    from omegaconf import OmegaConf
+def typed(cfg: Any, entry: str) -> Any:
+    """The same config with the types of the schemas: refuses keys and values that composing let through (`+key=value`,
+    and everything that was composed from a run folder, which has no schemas).
 
-    result = OmegaConf.merge(OmegaConf.structured(TrainConfig), cfg)
+    Raises:
+        omegaconf.errors.OmegaConfBaseException: an unknown key or a value of a wrong type.
+    """
+    from omegaconf import DictConfig, OmegaConf
+
+    root = OmegaConf.structured({"train": TrainConfig, "sample": SampleConfig}[entry])
+    result = OmegaConf.merge(root, OmegaConf.to_container(cfg))  # plain, or a key added to a typed node would pass
     schemas = {schema._target_: schema for schema in SCHEMAS.values()}
-    for key in ("model", "data", "logger", *(f"callbacks.{name}" for name in cfg.callbacks or ())):
+    for key in ("model", "data", "logger", *(f"callbacks.{name}" for name in cfg.get("callbacks") or ())):
         node = OmegaConf.select(cfg, key)
-        if node is not None and node.get("_target_") in schemas:
-            schema = OmegaConf.structured(schemas[node._target_])
-            OmegaConf.update(result, key, OmegaConf.merge(schema, node), merge=False)
+        if isinstance(node, DictConfig) and node.get("_target_") in schemas:
+            OmegaConf.update(result, key, schemas[node._target_], merge=False)
+            OmegaConf.update(result, key, OmegaConf.to_container(node))
     return result
 
 
 def check(cfg: Any) -> None:
-    """Every problem of the values that types cannot express, reported at once and before anything is loaded.
+    """Every problem of a training config that types cannot express, reported at once and before anything is loaded.
 
     Raises:
         ValueError: naming each key, what it is and what it may be.
     """
-    data, optim, trainer = cfg.data, cfg.optim, cfg.trainer
-    problems: list[str] = []
-
-    def need(ok: bool, key: str, value: object, allowed: str) -> None:
-        if not ok:
-            problems.append(f"{key}={value}: it must be {allowed}")
-
-    need(0 <= cfg.seed < 2**32, "seed", cfg.seed, "from 0 to 2**32 - 1")  # numpy's legacy generator takes no more
-    for key in ("max_steps", "val_every", "log_every", "checkpoint_every", "devices", "num_nodes"):
-        need(trainer[key] >= 1, f"trainer.{key}", trainer[key], "at least 1")
-    allowed = ["auto", *PRECISIONS]
-    need(trainer.precision in allowed, "trainer.precision", trainer.precision, "one of " + ", ".join(allowed))
-    need(
-        not (trainer.precision == "fp16" and trainer.accelerator == "cpu"),
-        "trainer.precision", "fp16", "32 or bf16 on a CPU: fp16 needs hardware=gpu",
-    )  # fmt: skip
-    for key in ("block_size", "batch_size", "micro_batch_size", "val_windows"):
-        value = data.get(key)
-        need(value is None or value >= 1, f"data.{key}", value, "at least 1")
-    need((data.get("workers") or 0) >= 0, "data.workers", data.get("workers"), "at least 0")
-    processes = trainer.devices * trainer.num_nodes
-    need(
-        (data.get("batch_size") or processes) >= processes,
-        "data.batch_size", data.get("batch_size"), f"at least the number of processes, {processes} (trainer.devices x trainer.num_nodes)",
-    )  # fmt: skip
-    need(optim.schedule in ("cosine", "constant"), "optim.schedule", optim.schedule, "cosine or constant")
-    need(0 < optim.lr < math.inf, "optim.lr", optim.lr, "above 0 and finite")
-    need(0 <= optim.min_lr <= optim.lr, "optim.min_lr", optim.min_lr, f"from 0 to optim.lr={optim.lr}")
-    need(optim.warmup_steps >= 0, "optim.warmup_steps", optim.warmup_steps, "at least 0")
-    need(optim.weight_decay >= 0, "optim.weight_decay", optim.weight_decay, "at least 0")
-    betas_fit = len(optim.betas) == 2 and all(0 <= beta < 1 for beta in optim.betas)
-    need(betas_fit, "optim.betas", optim.betas, "two numbers from 0 up to below 1")
-    need(optim.decay_steps >= 0, "optim.decay_steps", optim.decay_steps, "at least 0")
-    need(optim.grad_clip >= 0, "optim.grad_clip", optim.grad_clip, "at least 0 (0 turns clipping off)")
+    model = {key: value for key, value in cfg.model.items() if key not in ("_target_", "compile")}
+    of_model = model_problems(**model) if cfg.model.get("_target_") == GPTConfig._target_ else []
+    found = [_target_problems(cfg), _run_problems(cfg), of_model, _data_problems(cfg), _optim_problems(cfg), _callback_problems(cfg)]  # fmt: skip
+    problems = [problem for problems in found for problem in problems]
     if problems:
         raise ValueError("\n".join(problems))
+
+
+def model_problems(
+    *, n_layer: int, n_head: int, n_embd: int, dropout: float, gelu: str, vocab_multiple: int, **switches: bool
+) -> Iterator[str]:
+    """What is wrong with the sizes of a GPT, one text each."""
+    sizes = {"n_layer": n_layer, "n_head": n_head, "n_embd": n_embd, "vocab_multiple": vocab_multiple}
+    yield from (f"model.{key}={size}: it must be at least 1" for key, size in sizes.items() if size < 1)
+    if n_head >= 1 and n_embd % n_head:
+        yield f"model.n_embd={n_embd} is not a multiple of model.n_head={n_head}: the heads share it evenly"
+    if not 0 <= dropout < 1:
+        yield f"model.dropout={dropout}: it must be at least 0 and below 1"
+    if gelu not in ("erf", "tanh"):
+        yield f"model.gelu={gelu}: it must be erf or tanh"
+
+
+def sampling_problems(max_new_tokens: int, temperature: float, top_k: int | None, prefix: str = "") -> Iterator[str]:
+    """What is wrong with the settings of sampling, one text each."""
+    if max_new_tokens < 0:
+        yield f"{prefix}max_new_tokens={max_new_tokens}: it must be at least 0"
+    if not 0 <= temperature < math.inf:
+        yield f"{prefix}temperature={temperature}: it must be a number from 0 (greedy) up"
+    if top_k is not None and top_k < 1:
+        yield f"{prefix}top_k={top_k}: it must be at least 1, or null for the whole vocabulary"
+
+
+def _target_problems(cfg: Any) -> Iterator[str]:
+    """Nodes that are built from a class need one, and its package must be there; looked for without importing it."""
+    nodes = {"model": cfg.model, "data": cfg.data, "logger": cfg.logger}
+    nodes |= {f"callbacks.{name}": node for name, node in (cfg.callbacks or {}).items()}
+    for key, node in nodes.items():
+        target = node.get("_target_") if hasattr(node, "get") else None
+        if node is None and key not in ("model", "data"):
+            continue
+        if not isinstance(target, str):
+            yield f"{key}={node}: it must be a mapping with a _target_, the class to build, such as my_package.MyClass"
+            continue
+        package, *names = target.split(".")
+        if not names or not package.isidentifier() or importlib.util.find_spec(package) is None:
+            yield (
+                f"{key}._target_={target}: there is no package {package!r} here; it must be PACKAGE.CLASS, installed "
+                "or in the working directory"
+            )
+
+
+def _run_problems(cfg: Any) -> Iterator[str]:
+    trainer = cfg.trainer
+    if not 0 <= cfg.seed < 2**32:  # numpy's legacy generator takes no more
+        yield f"seed={cfg.seed}: it must be from 0 to 2**32 - 1"
+    for key in ("max_steps", "val_every", "log_every", "checkpoint_every", "devices", "num_nodes"):
+        if trainer[key] < 1:
+            yield f"trainer.{key}={trainer[key]}: it must be at least 1"
+    allowed = ["auto", *PRECISIONS]
+    if trainer.precision not in allowed:
+        yield f"trainer.precision={trainer.precision}: it must be one of {', '.join(allowed)}"
+    if trainer.precision == "fp16" and trainer.accelerator == "cpu":
+        yield "trainer.precision=fp16: it must be 32 or bf16 on a CPU; fp16 needs hardware=gpu"
+    if trainer.max_time is not None and not re.fullmatch(r"\d+:[0-5]\d:[0-5]\d:[0-5]\d", trainer.max_time):
+        yield f"trainer.max_time={trainer.max_time}: it must be DD:HH:MM:SS, as 00:01:30:00 for an hour and a half"
+
+
+def _data_problems(cfg: Any) -> Iterator[str]:
+    data, processes = cfg.data, cfg.trainer.devices * cfg.trainer.num_nodes
+    numbers = {"block_size": 1, "batch_size": 1, "micro_batch_size": 1, "val_windows": 1, "workers": 0}
+    for key, least in numbers.items():
+        value = data.get(key)
+        if value is not None and not (isinstance(value, int) and value >= least):  # a user's own data have no types
+            yield f"data.{key}={value}: it must be a whole number, at least {least}"
+    if data.get("_target_") == CharConfig._target_:
+        yield from _text_problems(data)
+    batch_size = data.get("batch_size")
+    if isinstance(batch_size, int) and 1 <= batch_size < processes:
+        yield (
+            f"data.batch_size={batch_size}: it must be at least the number of processes, {processes} "
+            "(trainer.devices x trainer.num_nodes)"
+        )
+
+
+def _text_problems(data: Any) -> Iterator[str]:
+    from gptlab.data.corpora import PYTHON_DOCS, text_files
+
+    if data.path is None and data.url is None and data.name != PYTHON_DOCS:
+        yield f"data.path is missing: data={data.name} needs data.path=FILE, a folder of .txt files or a glob"
+    for key in ("path", "val_path"):
+        try:
+            if data[key] is not None:
+                text_files(data[key], f"data.{key}")
+        except (ValueError, FileNotFoundError) as error:
+            yield str(error)
+
+
+def _optim_problems(cfg: Any) -> Iterator[str]:
+    optim, end = cfg.optim, cfg.trainer.max_steps
+    if optim.schedule not in ("cosine", "constant"):
+        yield f"optim.schedule={optim.schedule}: it must be cosine or constant"
+    if not 0 < optim.lr < math.inf:
+        yield f"optim.lr={optim.lr}: it must be above 0 and finite"
+    elif not 0 <= optim.min_lr <= optim.lr:
+        yield f"optim.min_lr={optim.min_lr}: it must be from 0 to optim.lr={optim.lr}"
+    for key in ("warmup_steps", "decay_steps", "weight_decay", "grad_clip"):
+        if not 0 <= optim[key] < math.inf:
+            hint = " (0 turns clipping off)" if key == "grad_clip" else ""
+            yield f"optim.{key}={optim[key]}: it must be at least 0{hint}"
+    if not (len(optim.betas) == 2 and all(0 <= beta < 1 for beta in optim.betas)):
+        yield f"optim.betas={optim.betas}: it must be two numbers from 0 up to below 1"
+    ends = {"trainer.max_steps": end} | ({"optim.decay_steps": optim.decay_steps} if optim.schedule == "cosine" else {})
+    key = min(ends, key=ends.get)
+    if 1 <= ends[key] <= optim.warmup_steps:
+        yield (
+            f"optim.warmup_steps={optim.warmup_steps} does not end before {key}={ends[key]}: the learning rate would "
+            f"never reach optim.lr; add optim.warmup_steps={ends[key] // 10}"
+        )
+
+
+def _callback_problems(cfg: Any) -> Iterator[str]:
+    for name, c in (cfg.callbacks or {}).items():
+        target = c.get("_target_") if hasattr(c, "get") else None
+        if target == SampleTextConfig._target_:
+            yield from sampling_problems(c.max_new_tokens, c.temperature, c.top_k, f"callbacks.{name}.")
+        elif target == CheckpointingConfig._target_ and c.every < 1:
+            yield f"callbacks.{name}.every={c.every}: it must be at least 1 (trainer.checkpoint_every sets it)"
+        elif target == EMAConfig._target_ and not 0 <= c.decay < 1:
+            yield f"callbacks.{name}.decay={c.decay}: it must be from 0 up to below 1"
+        elif target == EarlyStoppingConfig._target_:
+            if c.monitor not in VALIDATED:
+                yield f"callbacks.{name}.monitor={c.monitor}: it must be one of {', '.join(VALIDATED)}"
+            if c.mode not in ("min", "max"):
+                yield f"callbacks.{name}.mode={c.mode}: it must be min or max"
+            if c.patience < 1 or not 0 <= c.min_delta < math.inf:
+                yield f"callbacks.{name}: patience={c.patience} must be at least 1, min_delta={c.min_delta} at least 0"

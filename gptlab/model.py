@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from gptlab.config import model_problems
+
 
 def attention(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
     """Causal scaled dot-product attention: q, k, v and the result are (B, H, T, C // H)."""
@@ -91,19 +93,15 @@ class GPT(nn.Module):
         activation_checkpointing: bool = False,
     ) -> None:
         super().__init__()
-        sizes = {"model.n_layer": n_layer, "model.n_head": n_head, "model.n_embd": n_embd,
-                 "model.vocab_multiple": vocab_multiple, "data.block_size": block_size, "vocab_size": vocab_size}  # fmt: skip
-        for key, size in sizes.items():
-            if size < 1:
-                raise ValueError(f"{key}={size}: it must be at least 1")
-        if n_embd % n_head:
-            raise ValueError(
-                f"model.n_embd={n_embd} is not a multiple of model.n_head={n_head}: the heads share it evenly"
+        problems = list(
+            model_problems(
+                n_layer=n_layer, n_head=n_head, n_embd=n_embd, dropout=dropout, gelu=gelu, vocab_multiple=vocab_multiple
             )
-        if not 0 <= dropout < 1:
-            raise ValueError(f"model.dropout={dropout}: it must be at least 0 and below 1")
-        if gelu not in ("erf", "tanh"):
-            raise ValueError(f"model.gelu={gelu}: it must be erf or tanh")
+        )
+        given = {"data.block_size": block_size, "vocab_size": vocab_size}
+        problems += [f"{key}={size}: it must be at least 1" for key, size in given.items() if size < 1]
+        if problems:
+            raise ValueError("\n".join(problems))
 
         self.vocab_size = vocab_size
         self.block_size = block_size

@@ -50,7 +50,12 @@ class TokenMetrics(Metric):
 
 
 class GPTModule(L.LightningModule):
-    """Trains a model that maps ids (B, T) to logits (B, T, V).
+    """Trains a model, gptlab's or one of a user's own, on a data set such as `gptlab.data.windows.WindowData`.
+
+    All that is asked of a model: it is a torch module, built with the keyword arguments `vocab_size` and `block_size`
+    (the data's) and the keys of its config (but `_target_`, and `compile`, which has it compiled); it keeps those two
+    as attributes; and it maps ids (B, T) int64, 1 <= T <= block_size, to logits (B, T, V), V >= vocab_size, of the
+    token after each position. A `flops_per_token()`, of forward and backward, is used for train/mfu if it is there.
 
     Args:
         optim_config: the keys of `conf/optim`.
@@ -197,7 +202,7 @@ class GPTModule(L.LightningModule):
         best = self.best.get("val/loss", math.nan)
         if not self.trainer.sanity_checking and (math.isnan(best) or metrics["val/loss"] < best):
             self.best = self.validated
-        self.log_metrics(metrics)
+        self.log_metrics({name: value for name, value in metrics.items() if name != "val/tokens"})  # ever the same
 
     def log_metrics(self, metrics: dict[str, float]) -> None:
         """To every logger under the number of finished steps (Lightning's own x-axis lags by one at validations), and

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import platform
+import re
 import subprocess
 import sys
 from importlib.metadata import version
@@ -79,7 +80,7 @@ def newest_checkpoint(run: Path) -> Path | None:
 
 def without_paths(resolved: dict[str, Any]) -> dict[str, Any]:
     """The config for a checkpoint, which may travel: without the places of this machine's files."""
-    data = {key: None if key in ("path", "folder") else value for key, value in resolved["data"].items()}
+    data = {key: None if key in ("path", "val_path", "folder") else value for key, value in resolved["data"].items()}
     return {**resolved, "data": data}
 
 
@@ -116,8 +117,19 @@ def record(
         description = json.loads(about.read_text("utf-8"))
         description.setdefault("resumed", []).append({"step": resumed_at, **this_time})
     (run / "summary.json").unlink(missing_ok=True)  # its presence means finished
-    write_atomic(run / "config.yaml", yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True).encode("utf-8"))
+    content = yaml.safe_dump(_literal(resolved), sort_keys=False, allow_unicode=True)
+    write_atomic(run / "config.yaml", content.encode("utf-8"))
     write_json(about, description)
+
+
+def _literal(value: Any) -> Any:
+    """As OmegaConf must read it to get it back: a resume composes from config.yaml, and ${...} in a text is no
+    interpolation of ours."""
+    if isinstance(value, dict):
+        return {key: _literal(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_literal(item) for item in value]
+    return re.sub(r"(\\*)\$\{", r"\1\1\\${", value) if isinstance(value, str) else value
 
 
 def _versions() -> dict[str, str]:

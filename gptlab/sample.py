@@ -23,10 +23,13 @@ def sample(cfg: Any) -> None:
     from gptlab.generate import generate
 
     device = choose_device(cfg.device)
-    model, tokenizer, _ = checkpoint.load(path, device)
-    if not text:  # a model needs a first token: the line break where there is one
-        text = "\n" if "\n" in tokenizer.chars else tokenizer.chars[0]
-    idx = torch.from_numpy(tokenizer.encode(text).astype("int64")).to(device)[None]
+    model, tokenizer, _ = checkpoint.load(path, device, trust=cfg.trust)
+    text = text or tokenizer.start
+    try:
+        ids = tokenizer.encode(text)
+    except ValueError as error:
+        raise ValueError(f"{'prompt' if cfg.prompt_file is None else 'prompt_file'}: {error}") from None
+    idx = torch.from_numpy(ids.astype("int64")).to(device)[None]
     for i in range(cfg.num_samples):
         generator = torch.Generator(device).manual_seed(cfg.seed + i)
         if i:

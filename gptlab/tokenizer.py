@@ -1,5 +1,6 @@
 """Text <-> token ids. A tokenizer's state is plain JSON, so that a checkpoint carries it."""
 
+import sys
 from collections.abc import Iterable
 from typing import Any
 
@@ -17,9 +18,8 @@ class CharTokenizer:
         if not isinstance(chars, str) or not chars or len(set(chars)) != len(chars):
             raise ValueError("a character vocabulary must be a string of at least one character, none twice")
         self.chars = chars
-        codes = _code_points(chars)
-        self._id_of_code = np.full(int(codes.max()) + 1, -1, dtype=np.int32)
-        self._id_of_code[codes] = np.arange(len(chars))
+        self._id_of_code = np.full(sys.maxunicode + 1, -1, dtype=np.int32)
+        self._id_of_code[code_points(chars)] = np.arange(len(chars))
 
     @classmethod
     def from_text(cls, text: str) -> "CharTokenizer":
@@ -30,22 +30,34 @@ class CharTokenizer:
     def vocab_size(self) -> int:
         return len(self.chars)
 
+    @property
+    def start(self) -> str:
+        """What an empty prompt stands for, as a model needs a first token: the line break, else the first character."""
+        return "\n" if "\n" in self.chars else self.chars[0]
+
     def encode(self, text: str) -> np.ndarray:
         """Ids of the text's characters, in the smallest unsigned type that holds the vocabulary.
 
         Raises:
             ValueError: a character that the vocabulary lacks; the text names the first one and its place.
         """
-        codes = _code_points(text)
-        known = codes < len(self._id_of_code)
-        ids = np.where(known, self._id_of_code[np.where(known, codes, 0)], -1)
+        ids = self._id_of_code[code_points(text)]
         if (ids < 0).any():
-            at = int(np.argmax(ids < 0))
-            raise ValueError(
-                f"the character {text[at]!r} (at position {at}) is not in the vocabulary of {self.vocab_size} "
-                f"characters: {self.chars!r}"
-            )
+            raise ValueError(self._unknown(text, int(np.argmax(ids < 0))))
         return ids.astype(np.min_scalar_type(self.vocab_size - 1))
+
+    def _unknown(self, text: str, at: int) -> str:
+        char = text[at]
+        if "\ud800" <= char <= "\udfff":
+            return (
+                f"{char!r} (at position {at}) is a lone surrogate and not a character: it stands for a byte that is not "
+                "UTF-8; give the text in UTF-8"
+            )
+        few = f"{self.chars[:100]!r}" + (f" and {self.vocab_size - 100} more" if self.vocab_size > 100 else "")
+        return (
+            f"the character {char!r} (U+{ord(char):04X}, at position {at}) is not in the vocabulary of "
+            f"{self.vocab_size} characters: {few}"
+        )
 
     def decode(self, ids: Iterable[int]) -> str:
         return "".join(self.chars[i] for i in ids)
@@ -69,5 +81,6 @@ def from_state(state: dict[str, Any]) -> CharTokenizer:
     return CharTokenizer(state.get("chars"))
 
 
-def _code_points(text: str) -> np.ndarray:
+def code_points(text: str) -> np.ndarray:
+    """Unicode numbers of the characters, (len(text),) uint32; read-only."""
     return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype=np.uint32)

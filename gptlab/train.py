@@ -1,8 +1,10 @@
 """python -m gptlab.train: one training run, from a composed config to a run folder."""
 
+import gc
 import json
 import logging
 import os
+import shutil
 import sys
 import time
 import warnings
@@ -19,18 +21,17 @@ def train(cfg: Any) -> float | None:
     from hydra.core.hydra_config import HydraConfig
 
     started = time.perf_counter()
+    gc.disable()  # until training starts: going through a million new objects would be a quarter of the start
     run = Path(HydraConfig.get().runtime.output_dir)
     resuming = cfg.resume is not None
-    if resuming:
-        cfg = config.typed(cfg)
     config.check(cfg)
     quiet_lightning()
     settle_machine(cfg)
     ckpt = runs.newest_checkpoint(run) if resuming else None
     saved = read_checkpoint(ckpt) if ckpt else {}
     start_step = saved.get("global_step", 0)
-    if start_step >= cfg.trainer.max_steps and (run / "summary.json").exists():
-        return already_finished(run, start_step)
+    if saved and (finished := already_finished(run, cfg.trainer, saved)):
+        return finished["best"].get("val/loss")
 
     data = make_data(cfg, resuming)
     if saved:
@@ -54,11 +55,17 @@ def settle_machine(cfg: Any) -> None:
     """Decide what was left to the machine, and write the decision into the config.
 
     Raises:
-        ValueError: an accelerator was asked for and torch sees none.
+        ValueError: the machine lacks what was asked for: an accelerator, or a compiler.
     """
     import torch
 
     on_gpu = cfg.trainer.accelerator != "cpu"
+    compilers = (os.environ.get("CXX", "g++"), "clang++")
+    if cfg.model.get("compile") and not on_gpu and not any(shutil.which(compiler) for compiler in compilers):
+        raise ValueError(
+            f"model.compile=true needs a C++ compiler, and there is neither {' nor '.join(compilers)}: install one, or "
+            "leave model.compile=false"
+        )
     if on_gpu and not torch.accelerator.is_available():
         raise ValueError(
             "hardware=gpu, but torch sees no accelerator: use hardware=cpu, or install a torch built for yours"
@@ -137,7 +144,7 @@ def make_trainer(cfg: Any, run: Path, resuming: bool, start_step: int, data_reco
     import lightning as L
     from hydra.utils import instantiate
     from lightning.fabric.utilities.exceptions import MisconfigurationException
-    from lightning.pytorch.callbacks import Checkpoint
+    from lightning.pytorch.callbacks import Checkpoint, Timer
 
     from gptlab.callbacks.checkpointing import AtomicCheckpointIO
     from gptlab.metrics_file import MetricsFile
@@ -151,6 +158,7 @@ def make_trainer(cfg: Any, run: Path, resuming: bool, start_step: int, data_reco
         loggers.append(instantiate(cfg.logger, save_dir=str(run), **purge))
     callbacks = [instantiate(callback) for callback in (cfg.callbacks or {}).values()]
     t = cfg.trainer
+    callbacks.append(Timer(t.max_time, verbose=False))  # without a limit too: a resume may set one
     try:
         return L.Trainer(
             default_root_dir=run,
@@ -161,6 +169,7 @@ def make_trainer(cfg: Any, run: Path, resuming: bool, start_step: int, data_reco
             precision=config.PRECISIONS[t.precision],
             max_steps=t.max_steps,
             max_epochs=-1,
+            max_time=None,  # the Timer's business
             val_check_interval=t.val_every,
             check_val_every_n_epoch=None,
             num_sanity_val_steps=-1,  # the whole validation at step 0
@@ -181,8 +190,9 @@ def make_trainer(cfg: Any, run: Path, resuming: bool, start_step: int, data_reco
 def fit(trainer: Any, module: Any, data: Any, ckpt: Path | None, run: Path) -> None:
     from tqdm.contrib.logging import logging_redirect_tqdm
 
-    for logger in trainer.loggers:
-        logger.log_hyperparams(module.record["config"])
+    describe(trainer, module.record["config"])
+    gc.freeze()
+    gc.enable()
     try:
         with logging_redirect_tqdm():
             trainer.fit(module, data, ckpt_path=ckpt, weights_only=True)
@@ -193,6 +203,35 @@ def fit(trainer: Any, module: Any, data: Any, ckpt: Path | None, run: Path) -> N
         log.info("\ninterrupted at step %d; %s; to go on from there:", trainer.global_step, saved_so_far(run))
         log.info("  %s", resume_command(run))
         sys.exit(130)
+
+
+def describe(trainer: Any, resolved: dict[str, Any]) -> None:
+    """Tell the loggers what is run; TensorBoard gets the config as a text, and its numbers as hyper-parameters."""
+    import yaml
+    from lightning.pytorch.loggers import TensorBoardLogger
+    from torch.utils.tensorboard.summary import hparams
+
+    for logger in trainer.loggers:
+        logger.log_hyperparams(resolved)
+        if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
+            text = yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True)
+            logger.experiment.add_text("config", "    " + text.replace("\n", "\n    "))  # indented: Markdown for code
+            for summary in hparams(hyper_parameters(resolved), dict.fromkeys(config.VALIDATED, 0.0)):
+                logger.experiment.file_writer.add_summary(summary)
+
+
+def hyper_parameters(resolved: dict[str, Any]) -> dict[str, Any]:
+    """What experiments differ in, flat and short enough for a table."""
+    of_no_effect = ("_target_", "compile", "activation_checkpointing")
+    chosen = {"model": resolved["model"], "optim": resolved["optim"], "": {"seed": resolved["seed"]}}
+    for group, keys in (("data", ("name", "block_size", "batch_size")), ("trainer", ("max_steps", "precision"))):
+        chosen[group] = {key: resolved[group].get(key) for key in keys}
+    return {
+        f"{group}.{key}".lstrip("."): value if type(value) in (int, float) else str(value)
+        for group, values in chosen.items()
+        for key, value in values.items()
+        if key not in of_no_effect and value is not None
+    }
 
 
 def read_checkpoint(ckpt: Path) -> dict[str, Any]:
@@ -208,22 +247,37 @@ def check_same_data(saved: dict[str, Any], data: Any) -> None:
     Raises:
         ValueError: the text has changed since.
     """
-    if saved["data"] != data.record or saved["tokenizer"] != data.tokenizer.state():
-        was, now = saved["data"], data.record
+    was, now = (" ".join(str(value)[:20] for value in record.values()) for record in (saved["data"], data.record))
+    if saved["data"] != data.record:
         raise ValueError(
-            f"the run was trained on {was['name']} (SHA-256 {was['sha256'][:12]}...), and what is there now is "
-            f"{now['name']} ({now['sha256'][:12]}...): put the old text back, or start a new run"
+            f"the run was trained on other data: {was} (name and SHA-256), and what is there now is {now}: put the old "
+            "text back, or start a new run"
         )
+    if saved["tokenizer"] != data.tokenizer.state():
+        raise ValueError(f"the run's tokenizer was another one than that of {now} now: start a new run")
 
 
-def already_finished(run: Path, step: int) -> float | None:
-    log.info(
-        "this run has finished its %d steps; to train longer:\n  %s trainer.max_steps=%d",
-        step,
-        resume_command(run),
-        2 * step,
-    )
-    return json.loads((run / "summary.json").read_text("utf-8"))["best"].get("val/loss")
+def already_finished(run: Path, limits: Any, saved: dict[str, Any]) -> dict[str, Any] | None:
+    """The summary of a run that has nothing left to do, after saying so; None if there is something left."""
+    from lightning.pytorch.callbacks import Timer
+
+    path, step = run / "summary.json", saved["global_step"]
+    if not path.exists():
+        return None
+    summary = json.loads(path.read_text("utf-8"))
+    timer = Timer(limits.max_time)
+    timer.load_state_dict(saved["callbacks"].get("Timer", {}))
+    if summary["ended"] == "early_stopping":
+        log.info("this run has stopped at step %d and is finished: %s", step, summary["why"])
+    elif step >= limits.max_steps:
+        more = f"{resume_command(run)} trainer.max_steps={2 * step}"
+        log.info("this run has finished its %d steps; to train longer:\n  %s", step, more)
+    elif summary["ended"] == "max_time" and time_is_over(timer):
+        more = f"{resume_command(run)} trainer.max_time=null"
+        log.info("this run has stopped at step %d: %s; to train longer:\n  %s", step, summary["why"], more)
+    else:
+        return None
+    return summary
 
 
 def device_name(trainer: Any) -> str:
@@ -255,10 +309,13 @@ def summarise(run: Path, trainer: Any, module: Any, data: Any, seconds: float) -
     from gptlab.callbacks.throughput import Throughput
 
     checkpoints = [f"checkpoints/{name}.ckpt" for name in ("best", "last")]
+    ended, why = ending(trainer)
     speeds = [callback.tokens_per_s for callback in trainer.callbacks if isinstance(callback, Throughput)]
     return {
         "status": "finished",
         "steps": trainer.global_step,
+        "ended": ended,  # max_steps | early_stopping | max_time | callback
+        "why": why,
         "best": module.best,
         "last": module.validated,
         "tokens_per_s": speeds[0] if speeds else None,
@@ -268,20 +325,44 @@ def summarise(run: Path, trainer: Any, module: Any, data: Any, seconds: float) -
     }
 
 
+def ending(trainer: Any) -> tuple[str, str | None]:
+    """What ended the run; and in words, where it was not the last of its steps."""
+    from lightning.pytorch.callbacks import Timer
+
+    from gptlab.callbacks.early_stopping import EarlyStopping
+
+    for callback in trainer.callbacks:
+        if isinstance(callback, EarlyStopping) and callback.why:
+            return "early_stopping", callback.why
+    if trainer.global_step >= trainer.max_steps:
+        return "max_steps", None
+    if any(time_is_over(callback) for callback in trainer.callbacks if isinstance(callback, Timer)):
+        return "max_time", "the time that trainer.max_time allows is over"
+    return "callback", None
+
+
+def time_is_over(timer: Any) -> bool:
+    remaining = timer.time_remaining()
+    return remaining is not None and remaining <= 0
+
+
 def conclude(run: Path, data: Any, summary: dict[str, Any], start_step: int) -> None:
     best, place = summary["best"], shown(run)
     speed = f", {summary['tokens_per_s']:,.0f} tokens/s while training" if summary["tokens_per_s"] else ""
+    if summary["why"]:
+        log.info("\nstopped at step %d: %s", summary["steps"], summary["why"])
     log.info("\n%d steps in %.0f s%s", summary["steps"] - start_step, summary["seconds"], speed)
     if best:
-        losses = f"{best['val/loss']:.4f} nats per token, {best['val/bits_per_byte']:.4f} bits per byte"
-        log.info("best validation loss: %s, at step %d (on %s)", losses, best["step"], data.record["name"])
+        log.info("best validation loss on %s, at step %d:", data.record["name"], best["step"])
+        log.info("  %.4f nats per token, %.4f bits per byte", best["val/loss"], best["val/bits_per_byte"])
     if data.warning:
         log.warning("\n*** WARNING: %s ***", data.warning)
     log.info("run folder: %s", place)
     commands = []
     if summary["checkpoint"]:
+        longer = {"max_steps": f"trainer.max_steps={2 * summary['steps']}", "max_time": "trainer.max_time=null"}
         commands += [f"python -m gptlab.sample ckpt={place}"]
-        commands += [f"{resume_command(run)} trainer.max_steps={2 * summary['steps']}"]
+        commands += [f"{resume_command(run)} {longer[summary['ended']]}"] if summary["ended"] in longer else []
     if (run / "tensorboard").is_dir():
         commands += [f"tensorboard --logdir {place}"]
     if commands:

@@ -48,10 +48,17 @@ def test_prompt_file(gptlab, tmp_path, checkpoint):
     assert shown.startswith("Two\nlines %{x}: ")
 
 
+def test_without_a_prompt_the_line_break_is_continued(gptlab, checkpoint):
+    begun = gptlab("sample", f"ckpt={checkpoint}", "max_new_tokens=30", "seed=3").stdout
+    assert begun == gptlab("sample", f"ckpt={checkpoint}", "max_new_tokens=30", "seed=3", "prompt=").stdout
+    assert begun.startswith("\n") and len(begun) == 32
+
+
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        (["prompt=naïve €"], "'ï'"),
+        (["prompt=naïve €"], "prompt: the character 'ï' (U+00EF, at position 2)"),
+        ([b"prompt=caf\xe9"], "UTF-8"),
         (["temperature=-1"], "temperature=-1"),
         (["top_k=0"], "top_k=0"),
         (["max_new_tokens=-1"], "max_new_tokens=-1"),

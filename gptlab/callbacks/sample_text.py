@@ -15,16 +15,20 @@ log = logging.getLogger(__name__)
 class SampleText(L.Callback):
     """After each validation, print a continuation of `prompt` and put it into TensorBoard's text tab.
 
-    The text depends on the weights and the step alone: it has a random generator of its own.
+    Without a prompt, the tokenizer's `start` is continued. The text depends on the weights and the step alone: it has
+    a random generator of its own.
     """
 
-    def __init__(self, prompt: str, max_new_tokens: int, temperature: float, top_k: int | None) -> None:
+    def __init__(self, prompt: str | None, max_new_tokens: int, temperature: float, top_k: int | None) -> None:
         self.prompt, self.max_new_tokens, self.temperature, self.top_k = prompt, max_new_tokens, temperature, top_k
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        self._ids = trainer.datamodule.tokenizer.encode(
-            self.prompt
-        )  # a prompt that cannot be encoded fails here, early
+        tokenizer = trainer.datamodule.tokenizer
+        self._start = self.prompt or tokenizer.start
+        try:  # here, to fail before any training
+            self._ids = tokenizer.encode(self._start)
+        except ValueError as error:
+            raise ValueError(f"callbacks.sample_text.prompt: {error}") from None
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.sanity_checking or not trainer.is_global_zero:
@@ -46,7 +50,7 @@ class SampleText(L.Callback):
                     generator=generator,
                 )
             ]
-        text = self.prompt + trainer.datamodule.tokenizer.decode(new)
+        text = self._start + trainer.datamodule.tokenizer.decode(new)
         lines = [f"    {line}" for line in text.strip("\n").split("\n")]  # indented: Markdown leaves such text as it is
         log.info("\n%s\n", "\n".join(lines))
         for logger in trainer.loggers:

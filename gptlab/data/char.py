@@ -1,29 +1,39 @@
-"""Character-level language modelling on one text, held in memory."""
+"""Character-level language modelling on one text. In memory are its ids, 1 byte per character for vocabularies of up to
+256 characters and 2 for those of up to 65,536; the text itself is read in pieces, twice."""
 
+import hashlib
 import http.client
-from pathlib import Path
+import sys
+from collections.abc import Iterable
+from typing import NamedTuple
 
-from gptlab.data.corpora import PYTHON_DOCS, data_folder, digest, download, python_docs
+import numpy as np
+
+from gptlab.data.corpora import PYTHON_DOCS, TextFiles, data_folder, download, from_anywhere, python_docs
 from gptlab.data.windows import WindowData
-from gptlab.tokenizer import CharTokenizer
+from gptlab.tokenizer import CharTokenizer, code_points
 
 
 class CharData(WindowData):
-    """The first 90 % of a text's characters for training, the last 10 % for validation (nanoGPT's split).
+    """The first 90 % of a text's characters for training, the last 10 % for validation (nanoGPT's split); or all of it
+    for training, and the text `val_path` for validation.
 
-    The text is the file `path`, else the download `url`, kept in `folder`; under the name python_docs it is the
-    standard library's documentation. Where a download fails, `fallback=python_docs` goes on with that documentation,
-    under its own name and with a warning.
+    The text is `path` (a file, a glob or a folder, see `text_files`; several files are joined with line breaks), else
+    the download `url`, kept in `folder`; under the name python_docs it is the standard library's documentation. Where
+    a download fails, `fallback=python_docs` goes on with that documentation, under its own name and with a warning.
+    A text that gptlab knows by name (python_docs, downloads) keeps its own split: there, `val_path` is refused, as
+    losses under one name must be comparable.
 
     Raises:
         FileNotFoundError: no such file, or no way to get it.
-        ValueError: not the expected checksum, not UTF-8, or too short.
+        ValueError: not a text, not the expected checksum, too short, or validation characters that training lacks.
     """
 
     def __init__(
         self,
         *,
         path: str | None = None,
+        val_path: str | None = None,
         url: str | None = None,
         sha256: str | None = None,
         fallback: str | None = None,
@@ -33,49 +43,43 @@ class CharData(WindowData):
         super().__init__(**windows)
         if fallback not in (None, PYTHON_DOCS):
             raise ValueError(f"data.fallback={fallback}: it must be {PYTHON_DOCS} or null")
-        self.path, self.url, self.sha256, self.fallback, self.folder = path, url, sha256, fallback, folder
-        self._text: str | None = None
+        if self.name == PYTHON_DOCS and path is not None:
+            raise ValueError(
+                f"data={PYTHON_DOCS} takes no data.path; for a text of your own: data=text data.path={path}"
+            )
+        if val_path is not None and (self.name == PYTHON_DOCS or url is not None):
+            raise ValueError(
+                f"data.val_path={val_path}: data={self.name} has a validation split of its own; for texts of your own: "
+                f"data=text data.path={path or 'FILE'} data.val_path={val_path}"
+            )
+        self.path, self.val_path, self.url, self.sha256 = path, val_path, url, sha256
+        self.fallback, self.folder = fallback, folder
+        self._text: Iterable[str] | None = None  # pieces of it
 
     def prepare_data(self) -> None:
         if self._text is not None:
             return
         if self.name == PYTHON_DOCS:
-            if self.path is not None:
-                raise ValueError(
-                    f"data={PYTHON_DOCS} takes no data.path; for a text of your own: data=text data.path={self.path}"
-                )
-            self._text = python_docs()
+            self._text = [python_docs()]
         elif self.path is not None:
-            self._text = self._read(Path(self.path).expanduser())
+            self._text = TextFiles(self.path, "data.path")
+            self.resolved = {"path": from_anywhere(self.path)}
         elif self.url is not None:
             self._text = self._fetch()
         else:
-            raise ValueError(f"data.path is missing: data={self.name} needs data.path=FILE")
-
-    def _read(self, path: Path) -> str:
-        try:
-            content = path.read_bytes()
-        except OSError as error:
-            raise FileNotFoundError(f"data.path={path}: {error.strerror}; give the path of a text file") from None
-        if not content:
-            raise ValueError(f"data.path={path} is empty; give the path of a text file")
-        if self.sha256 and digest(content) != self.sha256:
             raise ValueError(
-                f"data.path={path} has SHA-256 {digest(content)}, but {self.name} has {self.sha256}: "
-                "it is another text or a changed copy. For a text of your own: data=text data.path=FILE"
+                f"data.path is missing: data={self.name} needs data.path=FILE, a folder of .txt files or a glob"
             )
-        self.resolved = {"path": str(path.resolve())}
-        try:
-            return content.decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise ValueError(f"data.path={path} is not UTF-8 text (byte {error.start})") from None
+        if self.val_path is not None:
+            self._val_text = TextFiles(self.val_path, "data.val_path")
+            self.resolved["val_path"] = from_anywhere(self.val_path)
 
-    def _fetch(self) -> str:
+    def _fetch(self) -> Iterable[str]:
         file = data_folder(self.folder) / f"{self.name}.txt"
         try:
             download(self.url, self.sha256, file)
             self.resolved = {"folder": str(file.parent.resolve())}
-            return file.read_bytes().decode("utf-8")
+            return TextFiles(str(file), "data.folder")
         except (OSError, ValueError, http.client.HTTPException) as error:  # ValueError: no URL at all
             trouble = (
                 f"{self.name} is not at {file} and cannot be downloaded from {self.url} ({error}). Put the file there "
@@ -86,15 +90,81 @@ class CharData(WindowData):
         self.warning = f"NOT training on {self.name}: {trouble}. Training on {self.fallback} instead."
         self.name = self.fallback
         self.resolved = {"name": self.name, "url": None, "sha256": None, "fallback": None}
-        return python_docs()
+        return [python_docs()]
 
     def setup(self, stage: str | None = None) -> None:
         if hasattr(self, "record"):
             return
-        text = self._text
-        self.tokenizer = CharTokenizer.from_text(text)
-        ids = self.tokenizer.encode(text)
-        split = int(0.9 * len(ids))
-        self.train_ids, self.val_ids = ids[:split], ids[split:]
-        self.record = {"name": self.name, "sha256": digest(text.encode("utf-8"))}
-        self.check_lengths(self.path or self.name)
+        found = survey(self._text)
+        if self.path is not None and self.sha256 and found.sha256 != self.sha256:
+            raise ValueError(
+                f"data.path={self.path} has SHA-256 {found.sha256}, but {self.name} has {self.sha256}: "
+                "it is another text or a changed copy. For a text of your own: data=text data.path=FILE"
+            )
+        self.tokenizer = CharTokenizer(found.chars)
+        record = {"name": self.name, "sha256": found.sha256}
+        source = f"data.path={self.path}" if self.path else self.name
+        if self.val_path is None:
+            ids = encode(self._text, self.tokenizer, found, "data.path")
+            split = int(0.9 * len(ids))
+            self.train_ids, self.val_ids = ids[:split], ids[split:]
+        else:
+            val_found = survey(self._val_text)
+            self._check_characters(val_found.chars)
+            self.train_ids = encode(self._text, self.tokenizer, found, "data.path")
+            self.val_ids = encode(self._val_text, self.tokenizer, val_found, "data.val_path")
+            record["val_sha256"] = val_found.sha256
+            source += f", data.val_path={self.val_path}"
+        self.check_lengths(source)
+        self.record = record
+
+    def _check_characters(self, val_chars: str) -> None:
+        """Raises ValueError if the validation text has characters that the training text lacks."""
+        unknown = set(val_chars) - set(self.tokenizer.chars)
+        if not unknown:
+            return
+        char, place = self._val_text.find(unknown)
+        others = f", as it does {len(unknown) - 1} more" if len(unknown) > 1 else ""
+        raise ValueError(
+            f"data.val_path={self.val_path} has the character {char!r} (U+{ord(char):04X}) {place}, which the training "
+            f"text data.path={self.path} lacks{others}: the model could not learn it. Take it out of the validation "
+            "text, or give a training text that has it"
+        )
+
+
+class Survey(NamedTuple):
+    """What a first reading of a text finds: its sorted characters, their number in all, and the SHA-256 of its UTF-8."""
+
+    chars: str
+    length: int
+    sha256: str
+
+
+def survey(text: Iterable[str]) -> Survey:
+    """Reads a text that comes in pieces."""
+    seen, length, sha256 = np.zeros(sys.maxunicode + 1, dtype=bool), 0, hashlib.sha256()
+    for piece in text:
+        seen[code_points(piece)] = True
+        length += len(piece)
+        sha256.update(piece.encode("utf-8"))
+    return Survey("".join(map(chr, np.flatnonzero(seen))), length, sha256.hexdigest())
+
+
+def encode(text: Iterable[str], tokenizer: CharTokenizer, found: Survey, key: str) -> np.ndarray:
+    """The ids of a text that comes in pieces, in the smallest type that holds the vocabulary.
+
+    Raises:
+        ValueError: it is no longer the text that was surveyed; `key` names it.
+    """
+    ids = np.empty(found.length, np.min_scalar_type(tokenizer.vocab_size - 1))
+    end, sha256 = 0, hashlib.sha256()
+    try:
+        for piece in text:
+            ids[end : end + len(piece)] = tokenizer.encode(piece)
+            end += len(piece)
+            sha256.update(piece.encode("utf-8"))
+    except ValueError:  # characters that were not there before, or more of them
+        end = -1
+    if (end, sha256.hexdigest()) != (found.length, found.sha256):
+        raise ValueError(f"{key}: the text changed while it was being read; start again once nothing writes to it")
+    return ids

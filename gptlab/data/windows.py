@@ -90,11 +90,32 @@ class ValBatches(Dataset):
 
 
 class WindowData(L.LightningDataModule):
-    """Training and validation windows over two sequences of token ids.
+    """Training and validation windows over two sequences of token ids, and all that gptlab asks of a data set.
 
-    A subclass's `setup` sets `tokenizer`, `train_ids`, `val_ids` (1-D unsigned integer arrays) and `record` (name and
-    checksums, plain values), and ends with `check_lengths`. `resolved` holds the config keys that preparing the data
-    decided, `warning` what the user must be told at the start and again at the end.
+    For ids of your own, subclass this. `__init__` gets the keys of the config's `data` node (but _target_), and seed;
+    those of WindowData go on to it, those of your own are your own. `setup(stage)` sets `tokenizer`, `train_ids`,
+    `val_ids` (1-D integer arrays) and `record`, and ends with `check_lengths`. For other batches, this is what gptlab
+    uses:
+
+    - `prepare_data()` and `setup("fit")`: called in every process, and by Lightning once more: the second time they
+      must change nothing.
+    - `train_dataloader()`: one batch per optimizer step, this process's share of it, beginning with that of step
+      `self.trainer.global_step`; its length counts the steps before that too. (The callback Overfit wants a
+      DataLoader with a `dataset` and a `sampler` of step numbers.) `val_dataloader()`: this process's share of the
+      validation.
+    - A batch is ids (b, T + 1) int64, tokens 1 ... T the targets of 0 ... T - 1, with 1 <= T <= block_size; or
+      (ids, mask) with a mask (b, T + 1) bool that is False on tokens which do not count as targets.
+    - `block_size`, `batch_size` (sequences per optimizer step, over all processes), `micro_batch_size` (sequences per
+      forward pass, or None). The config's `data.block_size` must say the same: a checkpoint is loaded with it; and
+      `data.name` names the run's folder.
+    - `record`: plain values that say what the data is, `name` and `sha256` at least; they go into every file of a run,
+      and a resume refuses data with another record. `resolved`: the config keys of `data`, existing ones, that
+      preparing it decided, for a resume: {} if none. `warning`: what the user must be told at the start and again at
+      the end, or None.
+    - `tokenizer`: `vocab_size`; `encode(text)` -> ids (n,), an integer array, ValueError for what it cannot encode;
+      `decode(ids)` -> str, of an iterable of int; `start`, the text that an empty prompt stands for; `token_bytes()`, the
+      bytes of text per token, (vocab_size,) integers; `state()`, a dict of plain JSON, from which
+      `tokenizer.from_state` makes it again when a checkpoint is loaded.
     """
 
     tokenizer: Any
@@ -109,9 +130,9 @@ class WindowData(L.LightningDataModule):
         name: str,
         block_size: int,
         batch_size: int,
-        micro_batch_size: int | None,
-        val_windows: int | None,
-        workers: int,
+        micro_batch_size: int | None = None,
+        val_windows: int | None = None,
+        workers: int = 0,
     ) -> None:
         super().__init__()
         self.seed, self.name, self.block_size, self.batch_size = seed, name, block_size, batch_size

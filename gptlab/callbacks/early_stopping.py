@@ -1,0 +1,21 @@
+"""An end before max_steps, once a validation metric has stopped improving."""
+
+import lightning as L
+from lightning.pytorch import callbacks
+from lightning.pytorch.callbacks.early_stopping import EarlyStoppingReason
+
+
+class EarlyStopping(callbacks.EarlyStopping):
+    """Lightning's, and a run that was killed between its end and its summary stays ended when it is resumed."""
+
+    @property
+    def why(self) -> str | None:
+        """Why the run was ended; None if it was not."""
+        if self.stopping_reason == EarlyStoppingReason.NOT_STOPPED:
+            return None
+        if self.stopping_reason == EarlyStoppingReason.NON_FINITE_METRIC:
+            return f"{self.monitor} is not finite"
+        return f"{self.monitor} has not improved in the last {self.wait_count} validations"
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        trainer.should_stop = trainer.should_stop or self.why is not None

@@ -1,0 +1,220 @@
+"""Every mistake in a config is one short text that names the key and what was meant, before anything is loaded."""
+
+import difflib
+import subprocess
+import sys
+import time
+
+import pytest
+import yaml
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from omegaconf import DictConfig, OmegaConf
+
+from gptlab import cli, config
+from gptlab.config import CONF
+
+EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
+# What is composed in the walk below: every experiment, and every choice that brings keys of its own.
+COMPOSED = [
+    [],
+    *([f"experiment={name}"] for name in EXPERIMENTS),
+    *([f"debug={path.stem}"] for path in sorted((CONF / "debug").glob("*.yaml"))),
+    ["data=text"],
+    ["callbacks=[early_stopping,ema]"],
+    ["logger=wandb"],
+]
+
+
+@pytest.fixture
+def mistake(tmp_path, monkeypatch, capsys):
+    """What the entry says to these arguments, in this process: the lines of its error. Nothing may be trained."""
+    monkeypatch.chdir(tmp_path)
+
+    def lines(*arguments: str, entry: str = "train") -> list[str]:
+        GlobalHydra.instance().clear()
+        monkeypatch.setattr(sys, "argv", [entry, *arguments])
+        monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
+        with pytest.raises(SystemExit) as stopped:
+            cli.main(lambda cfg: config.check(cfg), entry)
+        said = capsys.readouterr().err
+        assert stopped.value.code == 2 and said.startswith("\nerror: ") and "Traceback" not in said, said
+        return said.strip("\n").split("\n")
+
+    return lines
+
+
+def composed(overrides: list[str]) -> DictConfig:
+    GlobalHydra.instance().clear()
+    config.register()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return compose("train", overrides=["hardware=cpu", *overrides])
+
+
+def leaves(node: DictConfig, prefix: str = "") -> list[str]:
+    keys = []
+    for key in node:
+        child = node._get_node(key)
+        inner = isinstance(child, DictConfig) and not child._is_none()
+        keys += leaves(child, f"{prefix}{key}.") if inner and len(child) else [f"{prefix}{key}"]
+    return keys
+
+
+def all_keys() -> list[tuple[list[str], str, object]]:
+    """(choices, key, value of a wrong type) for every key of everything composed, each (key, class) once."""
+    found, seen = [], set()
+    for choices in COMPOSED:
+        cfg = composed(choices)
+        for key in leaves(cfg):
+            parent = OmegaConf.select(cfg, key.rpartition(".")[0]) if "." in key else cfg
+            identity = (key, parent._metadata.object_type)
+            if identity not in seen:
+                seen.add(identity)
+                kind = parent._get_node(key.rpartition(".")[2])
+                text = "StringNode" in type(kind).__name__ or key.endswith("_target_")
+                found.append((choices, key, [1, 2] if text else "a-text"))
+    return found
+
+
+def misspelled(key: str) -> str:
+    """Two letters of the last part change places, or it grows by one."""
+    head, dot, name = key.rpartition(".")
+    swapped = name[:-2] + name[-1] + name[-2] if len(name) > 3 and name[-1] != name[-2] else name + "x"
+    return head + dot + swapped
+
+
+def nested(key: str, value: object) -> dict:
+    for part in reversed(key.split(".")):
+        value = {part: value}
+    return value
+
+
+@pytest.fixture
+def experiment(tmp_path):
+    """Write an experiment of a user's own; returns what selects it."""
+
+    def write(content: dict, choices: list[str]) -> list[str]:
+        folder = tmp_path / "my_conf/experiment"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "mine.yaml").write_text("# @package _global_\n" + yaml.safe_dump(content))
+        others = [choice for choice in choices if not choice.startswith("experiment=")]
+        chosen = [choice.partition("=")[2] for choice in choices if choice.startswith("experiment=")]
+        return ["--config-dir", str(tmp_path / "my_conf"), f"experiment=[{','.join([*chosen, 'mine'])}]", *others]
+
+    return write
+
+
+@pytest.mark.parametrize("way", ["command line", "command line, added with +", "YAML file"])
+def test_every_key_misspelled(mistake, experiment, way):
+    """Walks the composed configs: a key that no schema covers would be accepted, and train with the default instead."""
+    keys = all_keys()
+    assert len(keys) > 60
+    for choices, key, _ in keys:
+        wrong = misspelled(key)
+        if way == "YAML file":
+            lines = mistake(*experiment(nested(wrong, 1), choices))
+            assert "experiment/mine.yaml" in lines[0] or choices[0].startswith("debug=")  # merged after it
+        else:
+            lines = mistake(*choices, f"{'+' * ('+' in way)}{wrong}=1")
+        assert f"there is no key {wrong}" in lines[0], (choices, key, lines)
+        meant = lines[0].partition("did you mean ")[2].rstrip("?")
+        near = difflib.get_close_matches(key.rpartition(".")[2], [meant.rpartition(".")[2]], cutoff=0.6)
+        assert meant == key or near, (choices, key, lines)
+        assert len(lines) <= 6
+
+
+@pytest.mark.parametrize("way", ["command line", "YAML file"])
+def test_every_key_given_a_wrong_type(mistake, experiment, way):
+    for choices, key, wrong in all_keys():
+        if way == "command line" and key in (*cli.TEXT_KEYS, "resume"):
+            continue  # taken as text, word for word
+        if way == "YAML file":
+            lines = mistake(*experiment(nested(key, wrong), choices))
+        else:
+            text = str(wrong).replace(" ", "")
+            lines = mistake(*choices, f"{key}={text}")
+        assert key in lines[0] and "it must be " in lines[0], (choices, key, lines)
+        assert len(lines) <= 6
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["max_steps=10"], "there is no key max_steps; did you mean trainer.max_steps?"),
+        (["model.block_size=8"], "did you mean data.block_size?"),
+        (["modle=gpt2"], "did you mean model?"),
+        (["nonsense.deeply=1"], "known here: name, seed, tags"),
+        (["model=gtp2"], "model=gtp2: there is no such choice; did you mean gpt2? It may be: "),
+        (["callbacks=[default,emma]"], "did you mean ema? It may be: "),
+        (["shakespeare_char"], "did you mean data=shakespeare_char or experiment=shakespeare_char?"),
+        (["optim=5"], "optim=5: it must be one of adamw"),
+        (["logger=null"], "'~logger' leaves it out"),
+        (["tags=[a"], "tags=[a: cannot be read as KEY=VALUE"),
+        (["optim.lr=1,2"], "needs -m"),
+        (["-m", "optim.lr=1,much"], "optim.lr=much: it must be a number"),
+        (["~optim.lrr"], "~optim.lrr: there is nothing of that name"),
+        (["--max_steps=10"], "unknown flag --max_steps; settings have no dashes: max_steps=10"),
+        (["--multirum"], "did you mean --multirun?"),
+        (["--cfg", "jbo"], "job, hydra or all"),
+        (["--config-dir", "nowhere"], "nowhere"),
+        (["seed=${nope}"], "seed: Interpolation key 'nope' not found"),
+        (["optim.betas=[0.9,big]"], "optim.betas[1]=big: it must be a list of 2 values, each a number"),
+        (["trainer.max_time=1h"], "DD:HH:MM:SS"),
+        (["callbacks.progress=5"], "callbacks.progress=5: it must be a mapping"),
+        (["callbacks.progress._target_=no_such_package.Bar"], "no package 'no_such_package'"),
+        (["name=\udcff"], "not UTF-8"),
+        (["trainer.max_steps=50"], "add optim.warmup_steps=5"),
+    ],
+)  # fmt: skip
+def test_common_mistakes(mistake, arguments, said):
+    lines = mistake(*arguments)
+    assert said in lines[0] and len(lines) <= 2
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("optim: 5", "optim=5: it must be a mapping"),
+        ("callbacks: {sample_text: [1]}", "callbacks.sample_text=[1]: it must be a mapping"),
+        ("optim: {lr: 1", "mine.yaml"),
+        ("optim:\n\tlr: 1", "mine.yaml"),
+        ("seed: 1\nseed: 2", "duplicate key seed"),
+        ("defaults: [override /modle: gpt2]", "there is no group modle; did you mean model?"),
+        ("defaults: [override /model: gtp2]", "model=gtp2: there is no such choice; did you mean gpt2?"),
+        ("model: {n_layer: null}", "model.n_layer=null: it must be a whole number"),
+    ],
+)
+def test_mistakes_in_a_yaml_file(mistake, tmp_path, content, said):
+    (tmp_path / "c/experiment").mkdir(parents=True)
+    (tmp_path / "c/experiment/mine.yaml").write_text(f"# @package _global_\n{content}\n")
+    lines = mistake("experiment=mine", "--config-dir", "c")
+    assert said in "\n".join(lines) and len(lines) <= 6
+
+
+def test_all_mistakes_across_keys_are_reported_at_once(mistake):
+    lines = mistake(
+        "model.n_head=5", "optim.warmup_steps=3000", "trainer.devices=20", "optim.min_lr=1", "seed=-1", "model.dropout=1"
+    )  # fmt: skip
+    for key in ("model.n_head", "optim.warmup_steps", "data.batch_size=12", "optim.min_lr", "seed=-1", "model.dropout"):
+        assert sum(key in line for line in lines) == 1, key
+    assert len(lines) == 6
+
+
+def test_samples_too(mistake):
+    assert "did you mean temperature?" in mistake("tempreature=1", entry="sample")[0]
+    assert "there is no key foo" in mistake("+foo=1", entry="sample")[0]
+
+
+def test_a_mistake_costs_less_than_a_second(tmp_path):
+    """Heavy imports come after every check of the config; the fastest of five whole processes, as others run too."""
+    for arguments in (["model.n_head=5"], ["optim.lrr=1"], ["data=text", "data.path=nowhere.txt"], ["--cfg", "job"]):
+        command = [sys.executable, "-X", "importtime", "-m", "gptlab.train", *arguments]
+        seconds = []
+        for _ in range(5):
+            started = time.perf_counter()
+            done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+            seconds.append(time.perf_counter() - started)
+            assert "| torch\n" not in done.stderr and "| lightning\n" not in done.stderr, arguments
+            if seconds[-1] < 1:
+                break
+        assert min(seconds) < 1, (arguments, seconds)

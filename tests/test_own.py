@@ -1,0 +1,114 @@
+"""A user's own model and data set, from a folder that knows nothing of the package: train, sample, resume, sweep."""
+
+import json
+import textwrap
+
+import pytest
+import torch
+import yaml
+
+TINY = ["hardware=cpu", "trainer.max_steps=4", "trainer.val_every=2", "trainer.log_every=1", "optim.warmup_steps=1",
+        "optim.decay_steps=20", "callbacks.sample_text.max_new_tokens=5"]  # fmt: skip
+OWN = ["--config-dir", "my_conf", "model=my_gpt", "data=my_data"]
+
+
+@pytest.fixture
+def own(tmp_path):
+    """The files of the README's example, as a user would have them, in a folder of their own."""
+    files = {
+        "my_pkg/__init__.py": """
+            import numpy as np
+            import torch
+            from gptlab.data.windows import WindowData
+            from gptlab.tokenizer import CharTokenizer
+
+            class MyGPT(torch.nn.Module):
+                def __init__(self, vocab_size, block_size, width):
+                    super().__init__()
+                    self.vocab_size, self.block_size = vocab_size, block_size
+                    self.layers = torch.nn.Sequential(torch.nn.Embedding(vocab_size, width), torch.nn.Linear(width, vocab_size))
+
+                def forward(self, idx):
+                    return self.layers(idx)
+
+            class MyData(WindowData):
+                def __init__(self, letters, **windows):
+                    super().__init__(**windows)
+                    self.letters = letters
+
+                def setup(self, stage=None):
+                    self.tokenizer = CharTokenizer(self.letters)
+                    ids = np.arange(2000) % len(self.letters)
+                    self.train_ids, self.val_ids = ids[:1800], ids[1800:]
+                    self.record = {"name": self.name, "sha256": str(hash(self.letters) * 0)}
+                    self.check_lengths(self.name)
+        """,
+        "my_conf/model/my_gpt.yaml": "_target_: my_pkg.MyGPT\nwidth: 8\n",
+        "my_conf/data/my_data.yaml": "_target_: my_pkg.MyData\nname: mine\nletters: abcd\nblock_size: 8\nbatch_size: 4\n",
+    }
+    for name, content in files.items():
+        path = tmp_path / "elsewhere" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(textwrap.dedent(content))
+    return tmp_path / "elsewhere"
+
+
+def test_train_sample_and_resume(gptlab, own):
+    gptlab("train", *OWN, *TINY, "model.width=12", "hydra.run.dir=run", cwd=own)
+    checkpoint = torch.load(own / "run/checkpoints/best.ckpt", weights_only=True)
+    assert checkpoint["state_dict"]["model.layers.0.weight"].shape == (4, 12)
+
+    refused = gptlab("sample", "ckpt=run", cwd=own, status=2).stderr
+    assert "my_pkg.MyGPT" in refused and "trust=true" in refused and "Traceback" not in refused
+    text = gptlab("sample", "ckpt=run", "trust=true", "prompt=abc", "max_new_tokens=7", cwd=own).stdout
+    assert len(text) == len("abc") + 7 + len("\n") and set(text) <= set("abcd\n")
+    (own / "away").mkdir()
+    missing = gptlab("sample", "ckpt=../run", "trust=true", cwd=own / "away", status=2).stderr
+    assert "cannot be imported" in missing and "my_pkg" in missing
+
+    gptlab("train", "resume=run", "trainer.max_steps=6", cwd=own)
+    gptlab("train", *OWN, *TINY, "model.width=12", "trainer.max_steps=6", "hydra.run.dir=whole", cwd=own)
+    ends = [
+        torch.load(own / run / "checkpoints/last.ckpt", weights_only=True)["state_dict"] for run in ("run", "whole")
+    ]
+    assert all(torch.equal(a, b) for a, b in zip(ends[0].values(), ends[1].values(), strict=True))
+
+
+def test_multirun(gptlab, own):
+    gptlab("train", "-m", *OWN, *TINY, "model.width=8,16", cwd=own)
+    (sweep,) = (own / "sweeps/mine").iterdir()
+    widths = [yaml.safe_load((sweep / job / "config.yaml").read_text())["model"]["width"] for job in ("0", "1")]
+    assert widths == [8, 16]
+    assert all(json.loads((sweep / job / "summary.json").read_text())["steps"] == 4 for job in ("0", "1"))
+
+
+@pytest.mark.parametrize(
+    ("argument", "said"),
+    [
+        ("model.widht=3", "did you mean model.width?"),
+        ("data.block_size=0", "data.block_size=0: it must be a whole number, at least 1"),
+        ("data.batch_size=many", "data.batch_size=many: it must be a whole number"),
+        ("model._target_=my_pkg.MyGTP", "MyGTP"),
+        ("model._target_=her_pkg.MyGPT", "no package 'her_pkg'"),
+        (
+            "model.width=-1",
+            "Error in call to target 'my_pkg.MyGPT': RuntimeError: Trying to create tensor with negative",
+        ),
+        ("+model.depth=3", "depth"),
+    ],
+)
+def test_mistakes(gptlab, own, argument, said):
+    stderr = gptlab("train", *OWN, *TINY, argument, cwd=own, status=2).stderr
+    assert said in stderr and "Traceback" not in stderr and len(stderr.strip("\n").split("\n")) <= 6
+
+
+def test_nothing_in_a_checkpoint_is_interpolated(gptlab, own):
+    """Were its config composed, the resolver would put the secret into the error, or the environment into the model."""
+    gptlab("train", *TINY, "model=gpt-nano", "data.val_windows=5", "hydra.run.dir=run", cwd=own)
+    path = own / "run/checkpoints/best.ckpt"
+    checkpoint = torch.load(path, weights_only=True)
+    for key, value in (("n_layer", "${oc.env:SECRET}"), ("_target_", "${oc.env:SECRET}")):
+        checkpoint["config"]["model"] |= {key: value}
+        torch.save(checkpoint, own / "changed.ckpt")
+        done = gptlab("sample", "ckpt=changed.ckpt", cwd=own, status=2, SECRET="hidden-value")
+        assert "hidden-value" not in done.stdout + done.stderr and "Traceback" not in done.stderr
