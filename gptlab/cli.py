@@ -27,15 +27,8 @@ VALUE_FLAGS = ("--cfg", "-c", "--package", "-p", "--config-path", "-cp", "--conf
 FLAGS = (*VALUE_FLAGS, "--help", "-h", "--hydra-help", "--version", "--resolve", "--run", "-r", "--multirun", "-m",
          "--shell-completion", "-sc")  # fmt: skip
 # Free text, which Hydra's grammar would trip over: taken word for word, except in sweeps.
-TEXT_KEYS = (
-    "prompt",
-    "prompt_file",
-    "ckpt",
-    "data.path",
-    "data.val_path",
-    "data.folder",
-    "callbacks.sample_text.prompt",
-)
+TEXT_KEYS = ("prompt", "prompt_file", "ckpt", "data.path", "data.val_path", "data.folder",
+             "callbacks.sample_text.prompt")  # fmt: skip
 RESUME_MAY_CHANGE = ("trainer.", "data.workers", "data.micro_batch_size")
 
 hardware_note = ""  # which hardware was chosen and why, for the log
@@ -56,8 +49,13 @@ def main(task: Callable[[Any], float | None], entry: str) -> None:
         os.environ.pop("HYDRA_FULL_ERROR", None) if show_all is None else os.environ.update(HYDRA_FULL_ERROR=show_all)
         if HydraConfig.get().mode == RunMode.MULTIRUN:
             return _sweep_job(entry, cfg)
-        with _mistakes_as_text(show_all == "1", composing=False):
-            return task(config.typed(cfg, entry))
+        try:
+            with _mistakes_as_text(show_all == "1", composing=False):
+                return task(config.typed(cfg, entry))
+        except SystemExit as stop:
+            if stop.code == 2 and not any(argument.startswith("hydra.run.dir=") for argument in sys.argv):
+                _remove_unused(Path(HydraConfig.get().runtime.output_dir))
+            raise
 
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # a terminal that cannot show a character is no reason to stop
@@ -84,6 +82,14 @@ def _mistakes_as_text(show_all: bool, composing: bool) -> Iterator[None]:
             raise
         print(f"\nerror: {text}", file=sys.stderr)
         sys.exit(2)
+
+
+def _remove_unused(run: Path) -> None:
+    """The folder that Hydra made for a run that was refused before it began: .hydra and an empty log."""
+    if {path.name for path in run.iterdir()} == {".hydra", "train.log"} and not (run / "train.log").stat().st_size:
+        shutil.rmtree(run)
+        with contextlib.suppress(OSError):
+            run.parent.rmdir()  # if it was the first of its name
 
 
 def _prepare(argv: list[str], entry: str) -> list[str]:
@@ -132,7 +138,7 @@ def _split(argv: list[str]) -> tuple[list[str], list[str]]:
             instead = f"settings have no dashes: {flag.lstrip('-')}={value or 'VALUE'}"
             raise ValueError(f"unknown flag {flag}; " + (f"did you mean {near[0]}?" if near else instead))
         flags.append(argument)
-        if argument in VALUE_FLAGS and rest and "=" not in rest[0]:
+        if argument in VALUE_FLAGS and rest and not (argument in ("--info", "-i") and "=" in rest[0]):
             flags.append(rest.pop(0))
         if flag in ("--cfg", "-c") and (value or flags[-1]) not in ("job", "hydra", "all"):
             raise ValueError(f"{flag} shows the config of: job, hydra or all")
@@ -148,9 +154,7 @@ def _check_overrides(overrides: list[str]) -> None:
     for override in overrides:
         key, _, value = override.partition("=")
         if not override.isascii() and any("\ud800" <= char <= "\udfff" for char in override):
-            raise ValueError(
-                f"{ascii(override)} is not valid text: it holds bytes that are not UTF-8, or half a character"
-            )
+            raise ValueError(f"{override!a} is not valid text: it holds bytes that are not UTF-8, or half a character")
         groups = [path.name for path in config.CONF.iterdir() if path.is_dir()]
         if key in groups and key not in ("experiment", "debug") and re.fullmatch(r"null|[\d.]+", value):
             choices = ", ".join(mistakes.options(key))

@@ -16,6 +16,36 @@ MISSING: Any = "???"  # OmegaConf's mark of a value that must be given
 VALIDATED = ("val/loss", "val/perplexity", "val/bits_per_byte")  # what each validation measures
 PRECISIONS = {"32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}  # ours -> Lightning's
 
+# What numbers and choices may be, by config key; null is for the types to refuse.
+AT_LEAST = {
+    "seed": 0,
+    **dict.fromkeys([f"trainer.{key}" for key in ("max_steps", "val_every", "log_every", "checkpoint_every")], 1),
+    **dict.fromkeys(["trainer.devices", "trainer.num_nodes"], 1),
+    **dict.fromkeys([f"data.{key}" for key in ("block_size", "batch_size", "micro_batch_size", "val_windows")], 1),
+    "data.workers": 0,
+    **dict.fromkeys(
+        [f"optim.{key}" for key in ("min_lr", "warmup_steps", "decay_steps", "weight_decay", "grad_clip")], 0
+    ),
+    "callbacks.checkpointing.every": 1,
+    "callbacks.sample_text.max_new_tokens": 0,
+    "callbacks.sample_text.temperature": 0,
+    "callbacks.sample_text.top_k": 1,
+    "callbacks.early_stopping.patience": 1,
+    "callbacks.early_stopping.min_delta": 0,
+    "callbacks.ema.decay": 0,
+    "callbacks.overfit.target": 0,
+    "callbacks.profile.skip_steps": 0,
+    "callbacks.profile.steps": 1,
+    "callbacks.profile.rows": 1,
+}
+BELOW = {"seed": 2**32, "callbacks.ema.decay": 1}  # numpy's legacy generator takes no larger seed
+ONE_OF = {
+    "trainer.precision": ("auto", *PRECISIONS),
+    "optim.schedule": ("cosine", "constant"),
+    "callbacks.early_stopping.monitor": VALIDATED,
+    "callbacks.early_stopping.mode": ("min", "max"),
+}
+
 _package = Path(__file__).resolve().parent
 CONF = next(p for p in (_package / "conf", _package.parent / "conf") if p.is_dir())  # a wheel's, a checkout's
 
@@ -242,8 +272,13 @@ def check(cfg: Any) -> None:
     """
     model = {key: value for key, value in cfg.model.items() if key not in ("_target_", "compile")}
     of_model = model_problems(**model) if cfg.model.get("_target_") == GPTConfig._target_ else []
-    found = [_target_problems(cfg), _run_problems(cfg), of_model, _data_problems(cfg), _optim_problems(cfg), _callback_problems(cfg)]  # fmt: skip
-    problems = [problem for problems in found for problem in problems]
+    problems = [
+        *_target_problems(cfg),
+        *of_model,
+        *_value_problems(cfg),
+        *_cross_problems(cfg),
+        *_text_problems(cfg.data),
+    ]
     if problems:
         raise ValueError("\n".join(problems))
 
@@ -260,16 +295,6 @@ def model_problems(
         yield f"model.dropout={dropout}: it must be at least 0 and below 1"
     if gelu not in ("erf", "tanh"):
         yield f"model.gelu={gelu}: it must be erf or tanh"
-
-
-def sampling_problems(max_new_tokens: int, temperature: float, top_k: int | None, prefix: str = "") -> Iterator[str]:
-    """What is wrong with the settings of sampling, one text each."""
-    if max_new_tokens < 0:
-        yield f"{prefix}max_new_tokens={max_new_tokens}: it must be at least 0"
-    if not 0 <= temperature < math.inf:
-        yield f"{prefix}temperature={temperature}: it must be a number from 0 (greedy) up"
-    if top_k is not None and top_k < 1:
-        yield f"{prefix}top_k={top_k}: it must be at least 1, or null for the whole vocabulary"
 
 
 def _target_problems(cfg: Any) -> Iterator[str]:
@@ -291,40 +316,56 @@ def _target_problems(cfg: Any) -> Iterator[str]:
             )
 
 
-def _run_problems(cfg: Any) -> Iterator[str]:
-    trainer = cfg.trainer
-    if not 0 <= cfg.seed < 2**32:  # numpy's legacy generator takes no more
-        yield f"seed={cfg.seed}: it must be from 0 to 2**32 - 1"
-    for key in ("max_steps", "val_every", "log_every", "checkpoint_every", "devices", "num_nodes"):
-        if trainer[key] < 1:
-            yield f"trainer.{key}={trainer[key]}: it must be at least 1"
-    allowed = ["auto", *PRECISIONS]
-    if trainer.precision not in allowed:
-        yield f"trainer.precision={trainer.precision}: it must be one of {', '.join(allowed)}"
+def _value_problems(cfg: Any) -> Iterator[str]:
+    """Values outside what AT_LEAST, BELOW and ONE_OF allow. A user's own classes have no schema, so types may be wrong."""
+    from omegaconf import OmegaConf
+
+    for key, least in AT_LEAST.items():
+        value, below = OmegaConf.select(cfg, key), BELOW.get(key, math.inf)
+        if value is not None and not (isinstance(value, (int, float)) and least <= value < below):
+            yield f"{key}={value}: it must be a number, at least {least}" + (
+                f" and below {below}" if key in BELOW else ""
+            )
+    for key, allowed in ONE_OF.items():
+        value = OmegaConf.select(cfg, key)
+        if value is not None and value not in allowed:
+            yield f"{key}={value}: it must be one of {', '.join(allowed)}"
+
+
+def _cross_problems(cfg: Any) -> Iterator[str]:
+    """Values that do not go together, and those that are more than a number in a range."""
+    trainer, optim = cfg.trainer, cfg.optim
     if trainer.precision == "fp16" and trainer.accelerator == "cpu":
         yield "trainer.precision=fp16: it must be 32 or bf16 on a CPU; fp16 needs hardware=gpu"
-    if trainer.max_time is not None and not re.fullmatch(r"\d+:[0-5]\d:[0-5]\d:[0-5]\d", trainer.max_time):
-        yield f"trainer.max_time={trainer.max_time}: it must be DD:HH:MM:SS, as 00:01:30:00 for an hour and a half"
-
-
-def _data_problems(cfg: Any) -> Iterator[str]:
-    data, processes = cfg.data, cfg.trainer.devices * cfg.trainer.num_nodes
-    numbers = {"block_size": 1, "batch_size": 1, "micro_batch_size": 1, "val_windows": 1, "workers": 0}
-    for key, least in numbers.items():
-        value = data.get(key)
-        if value is not None and not (isinstance(value, int) and value >= least):  # a user's own data have no types
-            yield f"data.{key}={value}: it must be a whole number, at least {least}"
-    if data.get("_target_") == CharConfig._target_:
-        yield from _text_problems(data)
-    batch_size = data.get("batch_size")
+    time = trainer.max_time
+    if time is not None and not (re.fullmatch(r"\d+:[0-2]\d:[0-5]\d:[0-5]\d", time) and re.search("[1-9]", time)):
+        yield f"trainer.max_time={time}: it must be DD:HH:MM:SS and not 0, as 00:01:30:00 for an hour and a half"
+    processes, batch_size = trainer.devices * trainer.num_nodes, cfg.data.get("batch_size")
     if isinstance(batch_size, int) and 1 <= batch_size < processes:
         yield (
             f"data.batch_size={batch_size}: it must be at least the number of processes, {processes} "
             "(trainer.devices x trainer.num_nodes)"
         )
+    if not 0 < optim.lr < math.inf:
+        yield f"optim.lr={optim.lr}: it must be above 0 and finite"
+    elif optim.min_lr > optim.lr:
+        yield f"optim.min_lr={optim.min_lr}: it must be at most optim.lr={optim.lr}"
+    if not (len(optim.betas) == 2 and all(0 <= beta < 1 for beta in optim.betas)):
+        yield f"optim.betas={optim.betas}: it must be two numbers from 0 up to below 1"
+    ends = {"trainer.max_steps": trainer.max_steps}
+    if optim.schedule == "cosine":
+        ends["optim.decay_steps"] = optim.decay_steps
+    key = min(ends, key=ends.get)
+    if 1 <= ends[key] <= optim.warmup_steps:
+        yield (
+            f"optim.warmup_steps={optim.warmup_steps} does not end before {key}={ends[key]}: the learning rate would "
+            f"never reach optim.lr; add optim.warmup_steps={ends[key] // 10}"
+        )
 
 
 def _text_problems(data: Any) -> Iterator[str]:
+    if data.get("_target_") != CharConfig._target_:
+        return
     from gptlab.data.corpora import PYTHON_DOCS, text_files
 
     if data.path is None and data.url is None and data.name != PYTHON_DOCS:
@@ -335,44 +376,3 @@ def _text_problems(data: Any) -> Iterator[str]:
                 text_files(data[key], f"data.{key}")
         except (ValueError, FileNotFoundError) as error:
             yield str(error)
-
-
-def _optim_problems(cfg: Any) -> Iterator[str]:
-    optim, end = cfg.optim, cfg.trainer.max_steps
-    if optim.schedule not in ("cosine", "constant"):
-        yield f"optim.schedule={optim.schedule}: it must be cosine or constant"
-    if not 0 < optim.lr < math.inf:
-        yield f"optim.lr={optim.lr}: it must be above 0 and finite"
-    elif not 0 <= optim.min_lr <= optim.lr:
-        yield f"optim.min_lr={optim.min_lr}: it must be from 0 to optim.lr={optim.lr}"
-    for key in ("warmup_steps", "decay_steps", "weight_decay", "grad_clip"):
-        if not 0 <= optim[key] < math.inf:
-            hint = " (0 turns clipping off)" if key == "grad_clip" else ""
-            yield f"optim.{key}={optim[key]}: it must be at least 0{hint}"
-    if not (len(optim.betas) == 2 and all(0 <= beta < 1 for beta in optim.betas)):
-        yield f"optim.betas={optim.betas}: it must be two numbers from 0 up to below 1"
-    ends = {"trainer.max_steps": end} | ({"optim.decay_steps": optim.decay_steps} if optim.schedule == "cosine" else {})
-    key = min(ends, key=ends.get)
-    if 1 <= ends[key] <= optim.warmup_steps:
-        yield (
-            f"optim.warmup_steps={optim.warmup_steps} does not end before {key}={ends[key]}: the learning rate would "
-            f"never reach optim.lr; add optim.warmup_steps={ends[key] // 10}"
-        )
-
-
-def _callback_problems(cfg: Any) -> Iterator[str]:
-    for name, c in (cfg.callbacks or {}).items():
-        target = c.get("_target_") if hasattr(c, "get") else None
-        if target == SampleTextConfig._target_:
-            yield from sampling_problems(c.max_new_tokens, c.temperature, c.top_k, f"callbacks.{name}.")
-        elif target == CheckpointingConfig._target_ and c.every < 1:
-            yield f"callbacks.{name}.every={c.every}: it must be at least 1 (trainer.checkpoint_every sets it)"
-        elif target == EMAConfig._target_ and not 0 <= c.decay < 1:
-            yield f"callbacks.{name}.decay={c.decay}: it must be from 0 up to below 1"
-        elif target == EarlyStoppingConfig._target_:
-            if c.monitor not in VALIDATED:
-                yield f"callbacks.{name}.monitor={c.monitor}: it must be one of {', '.join(VALIDATED)}"
-            if c.mode not in ("min", "max"):
-                yield f"callbacks.{name}.mode={c.mode}: it must be min or max"
-            if c.patience < 1 or not 0 <= c.min_delta < math.inf:
-                yield f"callbacks.{name}: patience={c.patience} must be at least 1, min_delta={c.min_delta} at least 0"

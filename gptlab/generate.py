@@ -5,8 +5,6 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from gptlab.config import sampling_problems
-
 
 def sample_next(logits: Tensor, temperature: float, top_k: int | None, generator: torch.Generator | None) -> Tensor:
     """Draw one id per row from logits (B, V), as (B, 1). Temperature 0 takes the most likely one.
@@ -46,7 +44,12 @@ def generate(
         problems.append(f"the prompt must be (B, T) ids with T >= 1, not {tuple(idx.shape)}")
     elif idx.numel() and not 0 <= idx.min() <= idx.max() < model.vocab_size:
         problems.append(f"the prompt's ids reach outside the vocabulary 0..{model.vocab_size - 1}")
-    problems += sampling_problems(max_new_tokens, temperature, top_k)
+    if max_new_tokens < 0:
+        problems.append(f"max_new_tokens={max_new_tokens}: it must be at least 0")
+    if not 0 <= temperature < float("inf"):
+        problems.append(f"temperature={temperature}: it must be a number from 0 (greedy) up")
+    if top_k is not None and top_k < 1:
+        problems.append(f"top_k={top_k}: it must be at least 1, or null for the whole vocabulary")
     if problems:
         raise ValueError("; ".join(problems))
     return _generate(model, idx, max_new_tokens, temperature, top_k, generator)

@@ -218,3 +218,10 @@ def test_a_mistake_costs_less_than_a_second(tmp_path):
             if seconds[-1] < 1:
                 break
         assert min(seconds) < 1, (arguments, seconds)
+
+
+def test_a_refused_run_leaves_nothing_behind(gptlab, tmp_path):
+    gptlab("train", "model.n_head=5", status=2)
+    assert not any((tmp_path / "outputs").iterdir())
+    gptlab("train", "model.n_head=5", "hydra.run.dir=mine", status=2)  # a folder that the user named stays
+    assert (tmp_path / "mine/.hydra").is_dir()

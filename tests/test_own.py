@@ -86,8 +86,8 @@ def test_multirun(gptlab, own):
     ("argument", "said"),
     [
         ("model.widht=3", "did you mean model.width?"),
-        ("data.block_size=0", "data.block_size=0: it must be a whole number, at least 1"),
-        ("data.batch_size=many", "data.batch_size=many: it must be a whole number"),
+        ("data.block_size=0", "data.block_size=0: it must be a number, at least 1"),
+        ("data.batch_size=many", "data.batch_size=many: it must be a number"),
         ("model._target_=my_pkg.MyGTP", "MyGTP"),
         ("model._target_=her_pkg.MyGPT", "no package 'her_pkg'"),
         (

@@ -15,11 +15,12 @@ Usually
   optim.lr is far too high or too low, or trainer.max_steps too few;
   the targets are not the inputs shifted by one, or masked away;
   a parameter gets no gradient, or is not given to the optimizer;
-  there is noise in training (dropout), or the model is very small"""
+  the model is very small"""
 
 
 class Overfit(L.Callback):
-    """Trains on the batch of the first step in every step, and ends the run once train/loss is at most `target`."""
+    """Trains on the batch of the first step in every step, without dropout, and ends the run once train/loss is at most
+    `target`."""
 
     def __init__(self, target: float) -> None:
         self.target = target
@@ -34,6 +35,9 @@ class Overfit(L.Callback):
             return DataLoader(loader.dataset, sampler=FirstStepOnly(loader.sampler), batch_size=None)
 
         data.train_dataloader = train_dataloader
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        pl_module.model.eval()  # no dropout, whatever the model's keys are called
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs, batch, batch_idx: int
