@@ -41,12 +41,15 @@ def main(task: Callable[[Any], float | None], entry: str) -> None:
     show_all = os.environ.get("HYDRA_FULL_ERROR")
     os.environ["HYDRA_FULL_ERROR"] = "1"  # while composing: errors come here as they are, and Hydra prints none itself
 
+    def as_it_was() -> None:
+        os.environ.pop("HYDRA_FULL_ERROR", None) if show_all is None else os.environ.update(HYDRA_FULL_ERROR=show_all)
+
     @functools.wraps(task)
     def job(cfg: Any) -> float | None:
         from hydra.core.hydra_config import HydraConfig
         from hydra.types import RunMode
 
-        os.environ.pop("HYDRA_FULL_ERROR", None) if show_all is None else os.environ.update(HYDRA_FULL_ERROR=show_all)
+        as_it_was()
         if HydraConfig.get().mode == RunMode.MULTIRUN:
             return _sweep_job(entry, cfg)
         try:
@@ -61,9 +64,12 @@ def main(task: Callable[[Any], float | None], entry: str) -> None:
         stream.reconfigure(errors="replace")  # a terminal that cannot show a character is no reason to stop
     logging.raiseExceptions = False  # `| head` closes the terminal's stream; the run and its train.log go on
     config.register()
-    with _mistakes_as_text(show_all == "1", composing=True):
-        sys.argv[1:] = _prepare(sys.argv[1:], entry)
-        hydra.main(version_base="1.3", config_path=str(config.CONF), config_name=entry)(job)()
+    try:
+        with _mistakes_as_text(show_all == "1", composing=True):
+            sys.argv[1:] = _prepare(sys.argv[1:], entry)
+            hydra.main(version_base="1.3", config_path=str(config.CONF), config_name=entry)(job)()
+    finally:
+        as_it_was()
 
 
 @contextlib.contextmanager

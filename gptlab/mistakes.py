@@ -18,8 +18,8 @@ from gptlab import config
 def explain(error: BaseException, composing: bool) -> str | None:
     """The text for a mistake; None if the exception is no user's mistake but a fault in a program.
 
-    Mistakes are the ValueErrors and FileNotFoundErrors that gptlab's own code raises, what Hydra and OmegaConf refuse,
-    and while composing also what reading YAML files raises.
+    Mistakes are the ValueErrors and FileNotFoundErrors that gptlab's own code raises, and what Hydra and OmegaConf
+    refuse; while composing, whatever is raised: all that is worked on then is the user's.
     """
     from hydra.errors import HydraException, InstantiationException
     from omegaconf.errors import OmegaConfBaseException
@@ -152,7 +152,8 @@ def _nearest(error: Any, root: Any) -> str:
     near = difflib.get_close_matches(name, leaves, n=1, cutoff=0.75)
     if near:
         return f"; did you mean {leaves[near[0]]}?"
-    return f"; known here: {', '.join(siblings)}" if siblings else ""
+    known = f"; known here: {', '.join(siblings)}" if siblings else ""
+    return known + (f"; for Lightning's Trainer: +trainer.extra.{name}=VALUE" if place == "trainer." else "")
 
 
 def _allowed(error: Any) -> str | None:

@@ -49,13 +49,49 @@ class TokenMetrics(Metric):
         }
 
 
+@torch.no_grad()
+def check_model(model: nn.Module, vocab_size: int, block_size: int) -> None:
+    """Whether a user's own model offers what GPTModule's docstring asks for, by trying it on a few tokens.
+
+    Raises:
+        ValueError: the text says what is missing or wrong; that it looks ahead would otherwise show as a loss near 0.
+    """
+    name = type(model).__name__
+    for key, value in (("vocab_size", vocab_size), ("block_size", block_size)):
+        if getattr(model, key, None) != value:
+            raise ValueError(f"model._target_: {name} must keep its argument {key}={value} as the attribute {key}")
+    T = min(block_size, 8)
+    ids = torch.arange(T)[None] % vocab_size
+    changed = ids.clone()
+    changed[:, -1] = (ids[:, -1] + 1) % vocab_size
+    was_training = model.training
+    logits, others = model.eval()(ids), model(changed)
+    model.train(was_training)
+    shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+    if (
+        not isinstance(logits, Tensor)
+        or logits.dim() != 3
+        or logits.shape[:2] != ids.shape
+        or logits.shape[2] < vocab_size
+    ):
+        raise ValueError(
+            f"model._target_: {name} must map ids (B, T) to logits (B, T, V) with V >= vocab_size: for ids (1, {T}) and "
+            f"vocab_size={vocab_size} it returned {shape}"
+        )
+    if not torch.allclose(logits[:, :-1], others[:, :-1], rtol=1e-3, atol=1e-4):
+        raise ValueError(
+            f"model._target_: {name} looks ahead: its logits for a position change with later tokens, which it is to "
+            "predict; mask them, as is_causal=True does in scaled_dot_product_attention"
+        )
+
+
 class GPTModule(L.LightningModule):
     """Trains a model, gptlab's or one of a user's own, on a data set such as `gptlab.data.windows.WindowData`.
 
     All that is asked of a model: it is a torch module, built with the keyword arguments `vocab_size` and `block_size`
     (the data's) and the keys of its config (but `_target_`, and `compile`, which has it compiled); it keeps those two
     as attributes; and it maps ids (B, T) int64, 1 <= T <= block_size, to logits (B, T, V), V >= vocab_size, of the
-    token after each position. A `flops_per_token()`, of forward and backward, is used for train/mfu if it is there.
+    token after each position, from the tokens up to that position alone (`check_model` tries that before training). A `flops_per_token()`, of forward and backward, is used for train/mfu if it is there.
 
     Args:
         optim_config: the keys of `conf/optim`.

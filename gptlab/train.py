@@ -92,7 +92,11 @@ def quiet_lightning() -> None:
 
 
 def make_data(cfg: Any, resuming: bool) -> Any:
-    """The prepared data module; what preparing it decided goes into the config."""
+    """The prepared data module; what preparing it decided goes into the config.
+
+    Raises:
+        ValueError: a user's own data set lacks what the training needs.
+    """
     from hydra.utils import instantiate
 
     if resuming and cfg.data.get("fallback") is not None:
@@ -100,6 +104,12 @@ def make_data(cfg: Any, resuming: bool) -> Any:
     data = instantiate(cfg.data, seed=cfg.seed)
     data.prepare_data()
     data.setup("fit")
+    needed = ("tokenizer", "record", "resolved", "warning", "block_size", "batch_size", "micro_batch_size")
+    if missing := [name for name in needed if not hasattr(data, name)]:
+        raise ValueError(
+            f"data._target_: {type(data).__name__} lacks {', '.join(missing)}; what a data set must offer is in the "
+            "docstring of gptlab.data.windows.WindowData"
+        )
     for key, value in data.resolved.items():
         cfg.data[key] = value
     return data
@@ -116,12 +126,14 @@ def make_module(resolved: dict[str, Any], data: Any) -> Any:
     import lightning as L
     from hydra.utils import instantiate
 
-    from gptlab.module import GPTModule
+    from gptlab.module import GPTModule, check_model
 
     L.seed_everything(resolved["seed"], verbose=False)
     arguments = dict(resolved["model"])
     compiled = arguments.pop("compile", False)
     model = instantiate(arguments, vocab_size=data.tokenizer.vocab_size, block_size=data.block_size)
+    if resolved["model"]["_target_"] != config.GPTConfig._target_:
+        check_model(model, data.tokenizer.vocab_size, data.block_size)
     if compiled:
         model.compile()  # in place: the parameters keep their names
     return GPTModule(
@@ -156,7 +168,7 @@ def make_trainer(cfg: Any, run: Path, resuming: bool, start_step: int, data_reco
             {"purge_step": start_step and start_step + 1} if resuming and "TensorBoard" in cfg.logger._target_ else {}
         )
         loggers.append(instantiate(cfg.logger, save_dir=str(run), **purge))
-    callbacks = [instantiate(callback) for callback in (cfg.callbacks or {}).values()]
+    callbacks = [instantiate(callback) for callback in (cfg.callbacks or {}).values() if callback is not None]
     t = cfg.trainer
     callbacks.append(Timer(t.max_time, verbose=False))  # without a limit too: a resume may set one
     try:

@@ -7,6 +7,8 @@ import pytest
 import torch
 import yaml
 
+from gptlab.module import check_model
+
 TINY = ["hardware=cpu", "trainer.max_steps=4", "trainer.val_every=2", "trainer.log_every=1", "optim.warmup_steps=1",
         "optim.decay_steps=20", "callbacks.sample_text.max_new_tokens=5"]  # fmt: skip
 OWN = ["--config-dir", "my_conf", "model=my_gpt", "data=my_data"]
@@ -112,3 +114,51 @@ def test_nothing_in_a_checkpoint_is_interpolated(gptlab, own):
         torch.save(checkpoint, own / "changed.ckpt")
         done = gptlab("sample", "ckpt=changed.ckpt", cwd=own, status=2, SECRET="hidden-value")
         assert "hidden-value" not in done.stdout + done.stderr and "Traceback" not in done.stderr
+
+
+class Model(torch.nn.Module):
+    """The embedding's row is the prediction; `forward` is what the tests break."""
+
+    def __init__(self, vocab_size=5, block_size=4):
+        super().__init__()
+        self.vocab_size, self.block_size = vocab_size, block_size
+        self.table = torch.nn.Embedding(5, 5)
+
+    def forward(self, idx):
+        return self.table(idx)
+
+
+class LooksAhead(Model):
+    def forward(self, idx):
+        return self.table(idx) + self.table(idx).mean(dim=1, keepdim=True)
+
+
+class LastOnly(Model):
+    def forward(self, idx):
+        return self.table(idx)[:, -1]
+
+
+class WithLoss(Model):
+    def forward(self, idx):
+        return self.table(idx), None
+
+
+class Forgetful(Model):
+    def __init__(self, vocab_size=5, block_size=4):
+        super().__init__()
+        del self.block_size
+
+
+@pytest.mark.parametrize(
+    ("model", "said"),
+    [
+        (LooksAhead, "looks ahead"),
+        (LastOnly, r"returned \(1, 5\)"),
+        (WithLoss, "returned tuple"),
+        (Forgetful, "block_size=4 as the attribute"),
+    ],
+)
+def test_a_model_that_offers_too_little_is_refused(model, said):
+    check_model(Model(), 5, 4)
+    with pytest.raises(ValueError, match=said):
+        check_model(model(), 5, 4)
