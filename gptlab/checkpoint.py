@@ -1,6 +1,7 @@
 """From a checkpoint file to a model that can be used. The file is treated as hostile: only plain values and tensors
 are read from it, nothing in it is interpolated, and classes that gptlab does not define are built only on request."""
 
+import inspect
 import pickle
 import pkgutil
 from pathlib import Path
@@ -13,57 +14,98 @@ from gptlab.config import GPTConfig
 from gptlab.model import GPT
 from gptlab.tokenizer import from_state
 
+GPT_TARGET = GPTConfig._target_
+
 
 def load(path: Path, device: str | torch.device = "cpu", *, trust: bool = False) -> tuple[nn.Module, Any, dict]:
     """The model in eval mode on `device`, its tokenizer, and the run's config.
 
-    A model or tokenizer of a user's own is code from outside: `trust` allows importing it.
+    A model or tokenizer of a user's own is code from outside: `trust` allows importing it, and what it raises is
+    raised here.
 
     Raises:
         ValueError: not a checkpoint of gptlab, damaged, or of a class of somebody else's without `trust`.
     """
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        config, weights, tokenizer_state = (checkpoint[key] for key in ("config", "state_dict", "tokenizer"))
-        arguments = {key: value for key, value in config["model"].items() if key != "compile"}
-        target = arguments.pop("_target_")
-        model_class = GPT if target == GPTConfig._target_ else _foreign(target, path, trust)
-        if isinstance(tokenizer_state, dict) and "_target_" in tokenizer_state:
-            state = dict(tokenizer_state)
-            tokenizer = _foreign(state.pop("_target_"), path, trust)(**state)
-        else:
-            tokenizer = from_state(tokenizer_state)
-        model = model_class(vocab_size=tokenizer.vocab_size, block_size=config["data"]["block_size"], **arguments)
-        prefix = "model."
-        model.load_state_dict({name.removeprefix(prefix): w for name, w in weights.items() if name.startswith(prefix)})
-    except Untrusted:
-        raise
-    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, TypeError, AttributeError, ValueError) as error:
-        reason = (
-            "no plain values and tensors" if isinstance(error, pickle.UnpicklingError) else str(error).split("\n")[0]
-        )
+    checkpoint = read(path)
+    config, state = checkpoint["config"], checkpoint["tokenizer"]
+    foreign = [node["_target_"] for node in (config["model"], state) if node.get("_target_", GPT_TARGET) != GPT_TARGET]
+    if foreign and not trust:
         raise ValueError(
-            f"{path} is not a checkpoint of gptlab, or it is damaged ({type(error).__name__}: {reason})"
-        ) from None
+            f"{path} needs {' and '.join(map(str, foreign))}, which is not gptlab's: building it runs that code. If you "
+            "trust the code and whoever wrote the file, add trust=true"
+        )
+    prefix = "model."
+    weights = {name.removeprefix(prefix): w for name, w in checkpoint["state_dict"].items() if name.startswith(prefix)}
+    try:
+        tokenizer = build_tokenizer(state)
+        model = build_model(config["model"], tokenizer.vocab_size, config["data"]["block_size"])
+        model.load_state_dict(weights)
+    except (RuntimeError, KeyError, TypeError, AttributeError, ValueError) as error:
+        if foreign:
+            raise
+        raise damaged(path, error) from None
     if not all(torch.isfinite(parameter).all() for parameter in model.parameters()):
         raise ValueError(f"{path}: its weights are not finite; the run had diverged. Try an earlier checkpoint")
     return model.to(device).eval(), tokenizer, config
 
 
-class Untrusted(ValueError):
-    """A checkpoint that needs code from outside, which was not allowed or is not there."""
+def read(path: Path, *, mmap: bool = False) -> dict[str, Any]:
+    """What a checkpoint holds, on the CPU; with `mmap`, tensors are read only once they are looked at.
 
-
-def _foreign(target: Any, path: Path, trust: bool) -> Any:
-    if not trust:
-        raise Untrusted(
-            f"{path} needs the class {target}, which is not gptlab's: building it runs that code. If you trust "
-            "the code and whoever wrote the file, add trust=true"
-        )
+    Raises:
+        ValueError: not a checkpoint of gptlab, or damaged.
+    """
     try:
-        return pkgutil.resolve_name(target)
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        if not all(isinstance(checkpoint[key], dict) for key in ("config", "state_dict", "tokenizer", "data")):
+            raise TypeError("it lacks what gptlab puts into one")
+        if not all(isinstance(checkpoint["config"][key], dict) for key in ("model", "data")):
+            raise TypeError("its config lacks what gptlab puts into one")
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, KeyError, TypeError, ValueError) as error:
+        raise damaged(path, error) from None
+    return checkpoint
+
+
+def damaged(path: Path, error: Exception) -> ValueError:
+    plain = not isinstance(error, pickle.UnpicklingError)
+    reason = str(error).split("\n")[0] if plain else "no plain values and tensors"
+    return ValueError(f"{path} is not a checkpoint of gptlab, or it is damaged ({type(error).__name__}: {reason})")
+
+
+def build_model(config: dict[str, Any], vocab_size: int, block_size: int) -> nn.Module:
+    """The model that a config's node `model` describes: its class, called with its keys as plain values.
+
+    Raises:
+        ValueError: there is no such class, or it does not take these keys.
+    """
+    arguments = {key: value for key, value in config.items() if key not in ("_target_", "compile")}
+    return _build("model", config["_target_"], {"vocab_size": vocab_size, "block_size": block_size, **arguments})
+
+
+def build_tokenizer(state: dict[str, Any]) -> Any:
+    """The tokenizer whose `state()` this is.
+
+    Raises:
+        ValueError: a state that no tokenizer of ours wrote, or of a class that is not there.
+    """
+    if "_target_" not in state:
+        return from_state(state)
+    return _build("tokenizer", state["_target_"], {key: value for key, value in state.items() if key != "_target_"})
+
+
+def _build(key: str, target: str, arguments: dict[str, Any]) -> Any:
+    if target == GPT_TARGET:
+        return GPT(**arguments)
+    try:
+        wanted = pkgutil.resolve_name(target)
     except (ImportError, AttributeError, TypeError, ValueError) as error:
-        raise Untrusted(
-            f"{path} needs the class {target}, which cannot be imported ({error}): run this in the folder that holds "
-            "its package, or install that"
-        ) from None
+        raise ValueError(
+            f"{key}._target_={target} cannot be imported ({error}): run this in the folder that holds its package, or "
+            "install that"
+        ) from error
+    try:
+        inspect.signature(wanted).bind(**arguments)
+    except TypeError as error:
+        taken = ", ".join(inspect.signature(wanted).parameters)
+        raise ValueError(f"{key}: {target} does not fit its keys: {error}; it takes {taken}") from None
+    return wanted(**arguments)

@@ -38,6 +38,7 @@ def main(task: Callable[[Any], float | None], entry: str) -> None:
     """Compose the config `conf/<entry>.yaml` with the command line and hand it to `task`."""
     import hydra
 
+    composing = True
     show_all = os.environ.get("HYDRA_FULL_ERROR")
     os.environ["HYDRA_FULL_ERROR"] = "1"  # while composing: errors come here as they are, and Hydra prints none itself
 
@@ -49,14 +50,17 @@ def main(task: Callable[[Any], float | None], entry: str) -> None:
         from hydra.core.hydra_config import HydraConfig
         from hydra.types import RunMode
 
+        nonlocal composing
         as_it_was()
         if HydraConfig.get().mode == RunMode.MULTIRUN:
             return _sweep_job(entry, cfg)
         try:
-            with _mistakes_as_text(show_all == "1", composing=False):
-                return task(config.typed(cfg, entry))
+            with _mistakes_as_text(show_all == "1", lambda: composing):
+                cfg = config.typed(cfg, entry)
+                composing = False
+                return task(cfg)
         except SystemExit as stop:
-            if stop.code == 2 and not any(argument.startswith("hydra.run.dir=") for argument in sys.argv):
+            if stop.code == 2:
                 _remove_unused(Path(HydraConfig.get().runtime.output_dir))
             raise
 
@@ -65,7 +69,7 @@ def main(task: Callable[[Any], float | None], entry: str) -> None:
     logging.raiseExceptions = False  # `| head` closes the terminal's stream; the run and its train.log go on
     config.register()
     try:
-        with _mistakes_as_text(show_all == "1", composing=True):
+        with _mistakes_as_text(show_all == "1", lambda: composing):
             sys.argv[1:] = _prepare(sys.argv[1:], entry)
             hydra.main(version_base="1.3", config_path=str(config.CONF), config_name=entry)(job)()
     finally:
@@ -73,8 +77,8 @@ def main(task: Callable[[Any], float | None], entry: str) -> None:
 
 
 @contextlib.contextmanager
-def _mistakes_as_text(show_all: bool, composing: bool) -> Iterator[None]:
-    """Print a user's mistake as its text alone and exit with 2."""
+def _mistakes_as_text(show_all: bool, composing: Callable[[], bool]) -> Iterator[None]:
+    """Print a user's mistake as its text alone and exit with 2; `composing` says whether the task has yet to begin."""
     try:
         yield
     except KeyboardInterrupt:
@@ -83,7 +87,7 @@ def _mistakes_as_text(show_all: bool, composing: bool) -> Iterator[None]:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except Exception as error:
-        text = None if show_all else mistakes.explain(error, composing)
+        text = None if show_all else mistakes.explain(error, composing())
         if text is None:
             raise
         print(f"\nerror: {text}", file=sys.stderr)
@@ -91,10 +95,15 @@ def _mistakes_as_text(show_all: bool, composing: bool) -> Iterator[None]:
 
 
 def _remove_unused(run: Path) -> None:
-    """The folder that Hydra made for a run that was refused before it began: .hydra and an empty log."""
-    if {path.name for path in run.iterdir()} == {".hydra", "train.log"} and not (run / "train.log").stat().st_size:
-        shutil.rmtree(run)
-        with contextlib.suppress(OSError):
+    """The folder that Hydra made, under the name that train.yaml gives it, for a run that was refused before it began."""
+    made = {".hydra/config.yaml", ".hydra/hydra.yaml", ".hydra/overrides.yaml", "train.log"}
+    there = {str(path.relative_to(run)) for path in run.rglob("*") if not path.is_dir()}
+    if re.fullmatch(r"[\d-]{10}_[\d-]{8}_\d{6}", run.name) and there == made and not (run / "train.log").stat().st_size:
+        for name in made:
+            (run / name).unlink()
+        with contextlib.suppress(OSError):  # not empty, after all
+            (run / ".hydra").rmdir()
+            run.rmdir()
             run.parent.rmdir()  # if it was the first of its name
 
 
@@ -103,6 +112,7 @@ def _prepare(argv: list[str], entry: str) -> list[str]:
     global hardware_note
     flags, overrides = _split(argv)
     _check_overrides(overrides)
+    overrides = [f"++{o}" if o.startswith("trainer.extra.") else o for o in overrides]  # Lightning's keys: no schema
     given = dict(override.partition("=")[::2] for override in overrides)
     if given.get("hydra.job.name", "").startswith("train_ddp_process_"):  # Lightning started us with what it says below
         return [*flags, *overrides, "hydra/job_logging=none"]
@@ -157,11 +167,11 @@ def _check_overrides(overrides: list[str]) -> None:
     Raises:
         ValueError: bytes that are not UTF-8, or a group that is given a number or null.
     """
+    groups = [path.name for path in config.CONF.iterdir() if path.is_dir()]
     for override in overrides:
         key, _, value = override.partition("=")
         if not override.isascii() and any("\ud800" <= char <= "\udfff" for char in override):
             raise ValueError(f"{override!a} is not valid text: it holds bytes that are not UTF-8, or half a character")
-        groups = [path.name for path in config.CONF.iterdir() if path.is_dir()]
         if key in groups and key not in ("experiment", "debug") and re.fullmatch(r"null|[\d.]+", value):
             choices = ", ".join(mistakes.options(key))
             raise ValueError(f"{override}: it must be one of {choices} (and '~{key}' leaves it out)")
@@ -183,7 +193,7 @@ def _resume(run: str, flags: list[str], given: dict[str, str]) -> tuple[list[str
     if refused:
         raise ValueError(
             f"a resumed run keeps its config; not to be changed: {', '.join(refused)}. "
-            f"Allowed: trainer.*, data.workers, data.micro_batch_size"
+            f"Allowed: {', '.join(key + '*' * key.endswith('.') for key in RESUME_MAY_CHANGE)}"
         )
     folder = runs.find_run(run).resolve()
     flags = [*flags, "--config-path", str(folder), "--config-name", "config", "--config-dir", str(config.CONF)]
@@ -232,6 +242,7 @@ def _sweep_job(entry: str, cfg: Any) -> float | None:
     flags, _ = _split(sys.argv[1:])
     flags = [f for f in flags if f not in ("-m", "--multirun")]
     texts = {key: OmegaConf.select(cfg, key) for key in TEXT_KEYS}  # as plain text again: the job quotes it
+    texts = {key: "null" if text is None else text for key, text in texts.items()}
     overrides = [
         f"{key}={texts[key]}" if (key := o.partition("=")[0]) in TEXT_KEYS else o for o in hydra_config.overrides.task
     ]

@@ -43,7 +43,7 @@ ONE_OF = {
     "trainer.precision": ("auto", *PRECISIONS),
     "optim.schedule": ("cosine", "constant"),
     "callbacks.early_stopping.monitor": VALIDATED,
-    "callbacks.early_stopping.mode": ("min", "max"),
+    "trainer.accelerator": ("cpu", "gpu", "cuda", "mps"),
 }
 
 _package = Path(__file__).resolve().parent
@@ -143,7 +143,6 @@ class CheckpointingConfig:
 class EarlyStoppingConfig:
     _target_: str = "gptlab.callbacks.early_stopping.EarlyStopping"
     monitor: str = "val/loss"
-    mode: str = "min"
     patience: int = MISSING  # validations without an improvement
     min_delta: float = 0.0
 
@@ -249,7 +248,7 @@ def typed(cfg: Any, entry: str) -> Any:
     and everything that was composed from a run folder, which has no schemas).
 
     Raises:
-        omegaconf.errors.OmegaConfBaseException: an unknown key or a value of a wrong type.
+        omegaconf.errors.OmegaConfBaseException: an unknown key, a value of a wrong type, or none.
     """
     from omegaconf import DictConfig, OmegaConf
 
@@ -261,6 +260,7 @@ def typed(cfg: Any, entry: str) -> Any:
         if isinstance(node, DictConfig) and node.get("_target_") in schemas:
             OmegaConf.update(result, key, schemas[node._target_], merge=False)
             OmegaConf.update(result, key, OmegaConf.to_container(node))
+    OmegaConf.to_container(result, resolve=True, throw_on_missing=True)  # every value is there, every ${...} has one
     return result
 
 
@@ -308,6 +308,8 @@ def _target_problems(cfg: Any) -> Iterator[str]:
         if not isinstance(target, str):
             yield f"{key}={node}: it must be a mapping with a _target_, the class to build, such as my_package.MyClass"
             continue
+        if key == "model" and (other := [name for name in node if name.startswith("_") and name != "_target_"]):
+            yield f"model.{other[0]}: a model is built from _target_ and plain values alone"
         package, *names = target.split(".")
         if not names or not package.isidentifier() or importlib.util.find_spec(package) is None:
             yield (
@@ -334,21 +336,32 @@ def _value_problems(cfg: Any) -> Iterator[str]:
 
 def _cross_problems(cfg: Any) -> Iterator[str]:
     """Values that do not go together, and those that are more than a number in a range."""
+    from omegaconf import OmegaConf
+
     trainer, optim = cfg.trainer, cfg.optim
     if trainer.precision == "fp16" and trainer.accelerator == "cpu":
         yield "trainer.precision=fp16: it must be 32 or bf16 on a CPU; fp16 needs hardware=gpu"
     time = trainer.max_time
     if time is not None and not (re.fullmatch(r"\d+:[0-2]\d:[0-5]\d:[0-5]\d", time) and re.search("[1-9]", time)):
-        yield f"trainer.max_time={time}: it must be DD:HH:MM:SS and not 0, as 00:01:30:00 for an hour and a half"
+        yield f"trainer.max_time={time}: it must be DD:HH:MM:SS (in YAML in quotes) and not 0, as 00:01:30:00 for 90 minutes"
     processes, batch_size = trainer.devices * trainer.num_nodes, cfg.data.get("batch_size")
     if isinstance(batch_size, int) and 1 <= batch_size < processes:
         yield (
             f"data.batch_size={batch_size}: it must be at least the number of processes, {processes} "
             "(trainer.devices x trainer.num_nodes)"
         )
+    val_windows = cfg.data.get("val_windows")
+    if isinstance(val_windows, int) and 1 <= val_windows < processes:
+        yield f"data.val_windows={val_windows}: it must be at least the number of processes, {processes}"
+    profile = OmegaConf.select(cfg, "callbacks.profile")
+    if profile is not None and profile.skip_steps + profile.steps > trainer.max_steps and cfg.resume is None:
+        yield (
+            f"callbacks.profile: skip_steps={profile.skip_steps} + steps={profile.steps} are more than "
+            f"trainer.max_steps={trainer.max_steps}: add trainer.max_steps={profile.skip_steps + profile.steps}"
+        )
     if not 0 < optim.lr < math.inf:
         yield f"optim.lr={optim.lr}: it must be above 0 and finite"
-    elif optim.min_lr > optim.lr:
+    elif optim.schedule == "cosine" and optim.min_lr > optim.lr:
         yield f"optim.min_lr={optim.min_lr}: it must be at most optim.lr={optim.lr}"
     if not (len(optim.betas) == 2 and all(0 <= beta < 1 for beta in optim.betas)):
         yield f"optim.betas={optim.betas}: it must be two numbers from 0 up to below 1"
@@ -368,11 +381,10 @@ def _text_problems(data: Any) -> Iterator[str]:
         return
     from gptlab.data.corpora import PYTHON_DOCS, text_files
 
-    if data.path is None and data.url is None and data.name != PYTHON_DOCS:
-        yield f"data.path is missing: data={data.name} needs data.path=FILE, a folder of .txt files or a glob"
+    own = data.url is None and data.name != PYTHON_DOCS
     for key in ("path", "val_path"):
         try:
-            if data[key] is not None:
+            if data[key] is not None or (key == "path" and own):
                 text_files(data[key], f"data.{key}")
         except (ValueError, FileNotFoundError) as error:
             yield str(error)

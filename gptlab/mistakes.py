@@ -18,8 +18,8 @@ from gptlab import config
 def explain(error: BaseException, composing: bool) -> str | None:
     """The text for a mistake; None if the exception is no user's mistake but a fault in a program.
 
-    Mistakes are the ValueErrors and FileNotFoundErrors that gptlab's own code raises, and what Hydra and OmegaConf
-    refuse; while composing, whatever is raised: all that is worked on then is the user's.
+    Mistakes are the ValueErrors and FileNotFoundErrors that gptlab's own code raises, and classes that Hydra cannot
+    build; while composing, whatever is raised: all that is worked on then is the user's.
     """
     from hydra.errors import HydraException, InstantiationException
     from omegaconf.errors import OmegaConfBaseException
@@ -28,7 +28,7 @@ def explain(error: BaseException, composing: bool) -> str | None:
     ours = next((e for e in chain if _is_ours(e)), None)
     if ours is not None and (ours is error or isinstance(error, HydraException)):
         return str(ours)
-    if not (composing or isinstance(error, (HydraException, OmegaConfBaseException))):
+    if not (composing or isinstance(error, HydraException)):
         return None
     if isinstance(error, InstantiationException):
         what, *lines = str(error).split("\n")
@@ -52,8 +52,9 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 def _is_ours(error: BaseException) -> bool:
     if not isinstance(error, (ValueError, FileNotFoundError)) or not error.__traceback__:
         return False
-    raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
-    return Path(config.__file__).parent in Path(raised_in).parents
+    raised = traceback.extract_tb(error.__traceback__)[-1]
+    on_purpose = (raised.line or "").startswith("raise ")  # not, say, a tuple of another length than was unpacked
+    return on_purpose and Path(config.__file__).parent in Path(raised.filename).parents
 
 
 def _yaml_file(error: BaseException) -> str | None:

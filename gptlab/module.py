@@ -45,7 +45,6 @@ class TokenMetrics(Metric):
             "loss": loss,
             "perplexity": math.exp(min(loss, 700.0)),  # beyond that a float overflows
             "bits_per_byte": nats / math.log(2) / text_bytes,
-            "tokens": tokens,
         }
 
 
@@ -238,7 +237,7 @@ class GPTModule(L.LightningModule):
         best = self.best.get("val/loss", math.nan)
         if not self.trainer.sanity_checking and (math.isnan(best) or metrics["val/loss"] < best):
             self.best = self.validated
-        self.log_metrics({name: value for name, value in metrics.items() if name != "val/tokens"})  # ever the same
+        self.log_metrics(metrics)
 
     def log_metrics(self, metrics: dict[str, float]) -> None:
         """To every logger under the number of finished steps (Lightning's own x-axis lags by one at validations), and

@@ -38,7 +38,7 @@ def train(cfg: Any) -> float | None:
         check_same_data(saved, data)
     resolved = plain(cfg)
     module = make_module(resolved, data)
-    trainer = make_trainer(cfg, run, resuming, start_step, data.record)
+    trainer = make_trainer(cfg, run, data, resuming, start_step)
     if trainer.is_global_zero:
         device, tokenizer = device_name(trainer), data.tokenizer.state()
         runs.record(run, resolved, data.record, tokenizer, device, resumed_at=start_step if resuming else None)
@@ -47,7 +47,8 @@ def train(cfg: Any) -> float | None:
     summary = summarise(run, trainer, module, data, seconds=time.perf_counter() - started)
     if trainer.is_global_zero:
         runs.write_json(run / "summary.json", summary)
-        conclude(run, data, summary, start_step)
+        foreign = is_foreign(resolved) or "_target_" in data.tokenizer.state()
+        conclude(run, data, summary, start_step, foreign)
     return summary["best"].get("val/loss")
 
 
@@ -99,9 +100,11 @@ def make_data(cfg: Any, resuming: bool) -> Any:
     """
     from hydra.utils import instantiate
 
+    from gptlab import checkpoint
+
     if resuming and cfg.data.get("fallback") is not None:
         cfg.data.fallback = None  # it was not needed then; now it would be another text
-    data = instantiate(cfg.data, seed=cfg.seed)
+    data = instantiate(cfg.data, seed=cfg.seed, _convert_="all")
     data.prepare_data()
     data.setup("fit")
     needed = ("tokenizer", "record", "resolved", "warning", "block_size", "batch_size", "micro_batch_size")
@@ -110,6 +113,7 @@ def make_data(cfg: Any, resuming: bool) -> Any:
             f"data._target_: {type(data).__name__} lacks {', '.join(missing)}; what a data set must offer is in the "
             "docstring of gptlab.data.windows.WindowData"
         )
+    checkpoint.build_tokenizer(data.tokenizer.state())  # what could not be loaded must not be saved
     for key, value in data.resolved.items():
         cfg.data[key] = value
     return data
@@ -124,17 +128,15 @@ def plain(cfg: Any) -> dict[str, Any]:
 
 def make_module(resolved: dict[str, Any], data: Any) -> Any:
     import lightning as L
-    from hydra.utils import instantiate
 
+    from gptlab.checkpoint import build_model
     from gptlab.module import GPTModule, check_model
 
     L.seed_everything(resolved["seed"], verbose=False)
-    arguments = dict(resolved["model"])
-    compiled = arguments.pop("compile", False)
-    model = instantiate(arguments, vocab_size=data.tokenizer.vocab_size, block_size=data.block_size)
-    if resolved["model"]["_target_"] != config.GPTConfig._target_:
+    model = build_model(resolved["model"], data.tokenizer.vocab_size, data.block_size)
+    if is_foreign(resolved):
         check_model(model, data.tokenizer.vocab_size, data.block_size)
-    if compiled:
+    if resolved["model"].get("compile"):
         model.compile()  # in place: the parameters keep their names
     return GPTModule(
         model,
@@ -147,11 +149,11 @@ def make_module(resolved: dict[str, Any], data: Any) -> Any:
     )
 
 
-def make_trainer(cfg: Any, run: Path, resuming: bool, start_step: int, data_record: dict[str, str]) -> Any:
+def make_trainer(cfg: Any, run: Path, data: Any, resuming: bool, start_step: int) -> Any:
     """Lightning's Trainer for this run.
 
     Raises:
-        ValueError: Lightning refuses trainer.strategy, trainer.extra or the like.
+        ValueError: Lightning refuses trainer.strategy, trainer.extra or the like, or the data's tokenizer the prompt.
     """
     import lightning as L
     from hydra.utils import instantiate
@@ -159,16 +161,12 @@ def make_trainer(cfg: Any, run: Path, resuming: bool, start_step: int, data_reco
     from lightning.pytorch.callbacks import Checkpoint, Timer
 
     from gptlab.callbacks.checkpointing import AtomicCheckpointIO
-    from gptlab.metrics_file import MetricsFile
+    from gptlab.callbacks.sample_text import SampleText
 
-    loggers = [MetricsFile(run / "metrics.jsonl", start_step, data_record)]
-    if cfg.logger is not None:
-        # TensorBoard hides what an interrupted run wrote after its last checkpoint
-        purge = (
-            {"purge_step": start_step and start_step + 1} if resuming and "TensorBoard" in cfg.logger._target_ else {}
-        )
-        loggers.append(instantiate(cfg.logger, save_dir=str(run), **purge))
     callbacks = [instantiate(callback) for callback in (cfg.callbacks or {}).values() if callback is not None]
+    for callback in callbacks:
+        if isinstance(callback, SampleText):
+            callback.encode_prompt(data.tokenizer)  # before anything of the run is written
     t = cfg.trainer
     callbacks.append(Timer(t.max_time, verbose=False))  # without a limit too: a resume may set one
     try:
@@ -185,7 +183,7 @@ def make_trainer(cfg: Any, run: Path, resuming: bool, start_step: int, data_reco
             val_check_interval=t.val_every,
             check_val_every_n_epoch=None,
             num_sanity_val_steps=-1,  # the whole validation at step 0
-            logger=loggers,
+            logger=make_loggers(cfg, run, data.record, resuming, start_step),
             log_every_n_steps=t.log_every,
             callbacks=callbacks,
             enable_checkpointing=any(isinstance(callback, Checkpoint) for callback in callbacks),
@@ -197,6 +195,21 @@ def make_trainer(cfg: Any, run: Path, resuming: bool, start_step: int, data_reco
         )
     except (TypeError, ValueError, MisconfigurationException) as error:
         raise ValueError(f"Lightning cannot be set up with these trainer.* values: {error}") from error
+
+
+def make_loggers(cfg: Any, run: Path, data_record: dict[str, str], resuming: bool, start_step: int) -> list[Any]:
+    from hydra.utils import instantiate
+
+    from gptlab.metrics_file import MetricsFile
+
+    loggers = [MetricsFile(run / "metrics.jsonl", start_step, data_record)]
+    if cfg.logger is not None:
+        # TensorBoard hides what an interrupted run wrote after its last checkpoint
+        purge = (
+            {"purge_step": start_step and start_step + 1} if resuming and "TensorBoard" in cfg.logger._target_ else {}
+        )
+        loggers.append(instantiate(cfg.logger, save_dir=str(run), **purge))
+    return loggers
 
 
 def fit(trainer: Any, module: Any, data: Any, ckpt: Path | None, run: Path) -> None:
@@ -221,14 +234,16 @@ def describe(trainer: Any, resolved: dict[str, Any]) -> None:
     """Tell the loggers what is run; TensorBoard gets the config as a text, and its numbers as hyper-parameters."""
     import yaml
     from lightning.pytorch.loggers import TensorBoardLogger
-    from torch.utils.tensorboard.summary import hparams
 
     for logger in trainer.loggers:
         logger.log_hyperparams(resolved)
         if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
             text = yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True)
             logger.experiment.add_text("config", "    " + text.replace("\n", "\n    "))  # indented: Markdown for code
-            for summary in hparams(hyper_parameters(resolved), dict.fromkeys(config.VALIDATED, 0.0)):
+            from torch.utils.tensorboard.summary import hparams
+
+            experiment, start, _end = hparams(hyper_parameters(resolved), dict.fromkeys(config.VALIDATED, 0.0))
+            for summary in (experiment, start):
                 logger.experiment.file_writer.add_summary(summary)
 
 
@@ -248,9 +263,9 @@ def hyper_parameters(resolved: dict[str, Any]) -> dict[str, Any]:
 
 def read_checkpoint(ckpt: Path) -> dict[str, Any]:
     """What a checkpoint says of itself, without reading the tensors in it."""
-    import torch
+    from gptlab import checkpoint
 
-    return torch.load(ckpt, map_location="cpu", weights_only=True, mmap=True)
+    return checkpoint.read(ckpt, mmap=True)
 
 
 def check_same_data(saved: dict[str, Any], data: Any) -> None:
@@ -259,14 +274,17 @@ def check_same_data(saved: dict[str, Any], data: Any) -> None:
     Raises:
         ValueError: the text has changed since.
     """
-    was, now = (" ".join(str(value)[:20] for value in record.values()) for record in (saved["data"], data.record))
+    was, now = (
+        ", ".join(f"{key} {str(value)[:20]}" for key, value in record.items())
+        for record in (saved["data"], data.record)
+    )
     if saved["data"] != data.record:
         raise ValueError(
-            f"the run was trained on other data: {was} (name and SHA-256), and what is there now is {now}: put the old "
-            "text back, or start a new run"
+            f"the run was trained on other data ({was}) than what is there now ({now}): put the old text back, or start "
+            "a new run"
         )
     if saved["tokenizer"] != data.tokenizer.state():
-        raise ValueError(f"the run's tokenizer was another one than that of {now} now: start a new run")
+        raise ValueError(f"the run had another tokenizer than what makes tokens of {now} now: start a new run")
 
 
 def already_finished(run: Path, limits: Any, saved: dict[str, Any]) -> dict[str, Any] | None:
@@ -279,7 +297,7 @@ def already_finished(run: Path, limits: Any, saved: dict[str, Any]) -> dict[str,
     summary = json.loads(path.read_text("utf-8"))
     timer = Timer(limits.max_time)
     timer.load_state_dict(saved["callbacks"].get("Timer", {}))
-    if summary["ended"] == "early_stopping":
+    if summary["ended"] in ("early_stopping", "callback"):
         log.info("this run has stopped at step %d and is finished: %s", step, summary["why"])
     elif step >= limits.max_steps:
         more = f"{resume_command(run)} trainer.max_steps={2 * step}"
@@ -350,7 +368,7 @@ def ending(trainer: Any) -> tuple[str, str | None]:
         return "max_steps", None
     if any(time_is_over(callback) for callback in trainer.callbacks if isinstance(callback, Timer)):
         return "max_time", "the time that trainer.max_time allows is over"
-    return "callback", None
+    return "callback", "a callback ended it"
 
 
 def time_is_over(timer: Any) -> bool:
@@ -358,7 +376,11 @@ def time_is_over(timer: Any) -> bool:
     return remaining is not None and remaining <= 0
 
 
-def conclude(run: Path, data: Any, summary: dict[str, Any], start_step: int) -> None:
+def is_foreign(resolved: dict[str, Any]) -> bool:
+    return resolved["model"]["_target_"] != config.GPTConfig._target_
+
+
+def conclude(run: Path, data: Any, summary: dict[str, Any], start_step: int, foreign: bool) -> None:
     best, place = summary["best"], shown(run)
     speed = f", {summary['tokens_per_s']:,.0f} tokens/s while training" if summary["tokens_per_s"] else ""
     if summary["why"]:
@@ -373,7 +395,7 @@ def conclude(run: Path, data: Any, summary: dict[str, Any], start_step: int) -> 
     commands = []
     if summary["checkpoint"]:
         longer = {"max_steps": f"trainer.max_steps={2 * summary['steps']}", "max_time": "trainer.max_time=null"}
-        commands += [f"python -m gptlab.sample ckpt={place}"]
+        commands += [f"python -m gptlab.sample ckpt={place}{' trust=true' * foreign}"]
         commands += [f"{resume_command(run)} {longer[summary['ended']]}"] if summary["ended"] in longer else []
     if (run / "tensorboard").is_dir():
         commands += [f"tensorboard --logdir {place}"]

@@ -27,7 +27,7 @@ FEW, MANY = 50, 550
 
 def nanogpt_command(folder: Path, steps: int) -> list[str]:
     settings = {
-        **MODEL, "block_size": 64, "batch_size": 12, "gradient_accumulation_steps": 1, "dataset": "benchmark",
+        **MODEL, "block_size": 64, "batch_size": 12, "gradient_accumulation_steps": 1, "dataset": str(folder),
         "device": "cpu", "compile": False, "dtype": "float32", "max_iters": steps, "lr_decay_iters": MANY,
         "learning_rate": 1e-3, "min_lr": 1e-4, "beta2": 0.99, "warmup_iters": 10, "eval_interval": 10**9,
         "eval_iters": 1, "log_interval": 10, "out_dir": str(folder / "out"),
@@ -45,13 +45,11 @@ def gptlab_command(folder: Path, steps: int) -> list[str]:
     return [sys.executable, "-m", "gptlab.train", *(f"{key}={value}" for key, value in settings.items())]
 
 
-def write_nanogpt_data(nanogpt: Path) -> None:
+def write_nanogpt_data(folder: Path) -> None:
     """The default run's text as nanoGPT wants it."""
     text = python_docs()
     tokenizer = CharTokenizer.from_text(text)
     ids = tokenizer.encode(text).astype("uint16")
-    folder = nanogpt / "data/benchmark"
-    folder.mkdir(exist_ok=True)
     ids[: int(0.9 * len(ids))].tofile(folder / "train.bin")
     ids[int(0.9 * len(ids)) :].tofile(folder / "val.bin")
     (folder / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": tokenizer.vocab_size}))
@@ -68,13 +66,13 @@ def seconds(command: list[str], folder: Path) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("nanogpt", type=Path, help="a checkout of nanoGPT")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=7)
     arguments = parser.parse_args()
     nanogpt = arguments.nanogpt.resolve()
-    write_nanogpt_data(nanogpt)
     ratios = []
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
+        write_nanogpt_data(folder)
         sides = {"gptlab": (gptlab_command, Path.cwd()), "nanoGPT": (nanogpt_command, nanogpt)}
         for round_number in range(arguments.rounds):
             speed = {}

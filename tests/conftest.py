@@ -29,6 +29,8 @@ def gptlab(tmp_path, monkeypatch):
     monkeypatch.setenv("GPTLAB_DATA", str(tmp_path / "data"))
 
     def run(entry: str, *arguments: str, status: int = 0, cwd: Path = tmp_path, **environment: str):
+        if "PYTHONPATH" in environment and "PYTHONPATH" in os.environ:  # a copy that is under test stays it
+            environment["PYTHONPATH"] += os.pathsep + os.environ["PYTHONPATH"]
         command = [sys.executable, "-m", f"gptlab.{entry}", *arguments]
         done = subprocess.run(
             command, cwd=cwd, capture_output=True, text=True, timeout=300, env=os.environ | environment

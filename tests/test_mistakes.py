@@ -11,8 +11,9 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 
-from gptlab import cli, config
+from gptlab import cli, config, mistakes, runs
 from gptlab.config import CONF
+from gptlab.data.windows import window_starts
 
 EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
 # What is composed in the walk below: every experiment, and every choice that brings keys of its own.
@@ -166,6 +167,12 @@ def test_every_key_given_a_wrong_type(mistake, experiment, way):
         (["callbacks.progress._target_=no_such_package.Bar"], "no package 'no_such_package'"),
         (["name=\udcff"], "not UTF-8"),
         (["trainer.max_steps=50"], "add optim.warmup_steps=5"),
+        (["trainer.accelerator=foo"], "trainer.accelerator=foo: it must be one of cpu, gpu"),
+        (["trainer.limit_val_batches=2"], "+trainer.extra.limit_val_batches"),
+        (["debug=profile", "trainer.max_steps=10"], "add trainer.max_steps=15"),
+        (["data.val_windows=1", "trainer.devices=2"], "data.val_windows=1: it must be at least the number of processes"),
+        (["data=text"], "data.path is missing"),
+        (["model=gpt-nano", "+model._convert_=all"], "there is no key model._convert_"),
     ],
 )  # fmt: skip
 def test_common_mistakes(mistake, arguments, said):
@@ -209,7 +216,13 @@ def test_samples_too(mistake):
 
 def test_a_mistake_costs_less_than_a_second(tmp_path):
     """Heavy imports come after every check of the config; the fastest of five whole processes, as others run too."""
-    for arguments in (["model.n_head=5"], ["optim.lrr=1"], ["data=text", "data.path=nowhere.txt"], ["--cfg", "job"]):
+    for arguments in (
+        ["--help"],
+        ["model.n_head=5"],
+        ["optim.lrr=1"],
+        ["data=text", "data.path=nowhere.txt"],
+        ["--cfg", "job"],
+    ):
         command = [sys.executable, "-X", "importtime", "-m", "gptlab.train", *arguments]
         seconds = []
         for _ in range(5):
@@ -227,3 +240,27 @@ def test_a_refused_run_leaves_nothing_behind(gptlab, tmp_path):
     assert not any((tmp_path / "outputs").iterdir())
     gptlab("train", "model.n_head=5", "hydra.run.dir=mine", status=2)  # a folder that the user named stays
     assert (tmp_path / "mine/.hydra").is_dir()
+
+
+def test_only_folders_that_gptlab_named_are_removed(gptlab, tmp_path):
+    """A folder from a YAML file, or one in which a run was killed at its start, is the user's."""
+    (tmp_path / "c/experiment").mkdir(parents=True)
+    (tmp_path / "c/experiment/d.yaml").write_text("# @package _global_\nhydra: {run: {dir: mine/here}}\n")
+    gptlab("train", "--config-dir", "c", "experiment=d", "model.n_head=5", status=2)
+    assert (tmp_path / "mine/here/.hydra").is_dir()
+    gptlab("sample", "num_samples=0", cwd=tmp_path / "mine/here", status=2)
+    assert (tmp_path / "mine/here/.hydra").is_dir()
+
+
+def test_a_fault_in_the_program_keeps_its_traceback():
+    """A ValueError that gptlab's code did not raise on purpose is no mistake of the user's, even in gptlab's frames."""
+
+    def explained(function) -> str | None:
+        try:
+            function()
+        except Exception as error:
+            return mistakes.explain(error, composing=False)
+
+    assert explained(lambda: window_starts(1, -1, 3, 5)) is None  # numpy's, in a frame of ours
+    assert explained(lambda: runs.find_run("nowhere")).startswith("nowhere does not exist")
+    assert explained(lambda: OmegaConf.create({"a": 1}).b.c) is None

@@ -92,16 +92,54 @@ def test_multirun(gptlab, own):
         ("data.batch_size=many", "data.batch_size=many: it must be a number"),
         ("model._target_=my_pkg.MyGTP", "MyGTP"),
         ("model._target_=her_pkg.MyGPT", "no package 'her_pkg'"),
-        (
-            "model.width=-1",
-            "Error in call to target 'my_pkg.MyGPT': RuntimeError: Trying to create tensor with negative",
-        ),
-        ("+model.depth=3", "depth"),
+        ("+model.depth=3", "it takes vocab_size, block_size, width"),
+        ("+model._convert_=all", "model._convert_"),
     ],
 )
 def test_mistakes(gptlab, own, argument, said):
     stderr = gptlab("train", *OWN, *TINY, argument, cwd=own, status=2).stderr
     assert said in stderr and "Traceback" not in stderr and len(stderr.strip("\n").split("\n")) <= 6
+
+
+def test_a_fault_in_the_users_own_code_keeps_its_traceback(gptlab, own):
+    """It is not a slip in the config: status 1, and the line of their file."""
+    stderr = gptlab("train", *OWN, *TINY, "model.width=-1", cwd=own, status=1).stderr
+    assert "my_pkg/__init__.py" in stderr and "RuntimeError: Trying to create tensor with negative" in stderr
+
+
+TOKENIZER = """
+    from gptlab.tokenizer import CharTokenizer
+
+    class Shouting:
+        def __init__(self, letters, loud):
+            self.letters, self.loud, self.inner = letters, loud, CharTokenizer("".join(letters))
+            self.vocab_size, self.start, self.token_bytes = self.inner.vocab_size, letters[0], self.inner.token_bytes
+
+        def encode(self, text):
+            return self.inner.encode(text.lower())
+
+        def decode(self, ids):
+            return self.inner.decode(ids).upper() + self.loud["mark"]
+
+        def state(self):
+            return {"_target_": "my_tokens.Shouting", "letters": self.letters, "loud": self.loud}
+"""
+
+
+def test_a_tokenizer_of_ones_own(gptlab, own):
+    """Its state names its class; sampling builds that only when trusted, from plain values."""
+    (own / "my_tokens.py").write_text(textwrap.dedent(TOKENIZER))
+    data = (own / "my_pkg/__init__.py").read_text()
+    mine = data.replace("CharTokenizer(self.letters)", "Shouting(list(self.letters), {'mark': '!'})")
+    (own / "my_pkg/__init__.py").write_text("from my_tokens import Shouting\n" + mine)
+    shown = gptlab(
+        "train", *TINY, "--config-dir", "my_conf", "data=my_data", "model=gpt-nano", "hydra.run.dir=run", cwd=own
+    )
+    command = next(line.split() for line in shown.stdout.splitlines() if "gptlab.sample" in line)
+    assert command[-1] == "trust=true"
+    assert "my_tokens.Shouting" in gptlab("sample", "ckpt=run", cwd=own, status=2).stderr
+    text = gptlab("sample", *command[3:], "prompt=AB", "max_new_tokens=2", cwd=own).stdout
+    assert text.count("!") == 2 and set(text) <= set("ABCD!\n")
 
 
 def test_nothing_in_a_checkpoint_is_interpolated(gptlab, own):

@@ -3,6 +3,9 @@
 import json
 import os
 import statistics
+import subprocess
+import sys
+import time
 
 import pytest
 
@@ -35,3 +38,21 @@ def test_shakespeare_on_a_cpu_is_as_good_as_nanogpt(gptlab, tmp_path, shakespear
         gptlab("train", *arguments, f"hydra.run.dir=run{seed}", **THREADS)
         losses.append(summary(tmp_path / f"run{seed}")["best"]["val/loss"])
     assert statistics.mean(losses) < 1.917
+
+
+@pytest.mark.slow
+def test_the_first_step_is_done_four_seconds_after_the_start(tmp_path):
+    """The default run, from the start of the process to the first line of training metrics; the best of three."""
+    seconds = []
+    for name in "abc":
+        started = time.perf_counter()
+        command = [sys.executable, "-m", "gptlab.train", "trainer.log_every=1", f"hydra.run.dir={name}"]
+        process = subprocess.Popen(command, cwd=tmp_path, env=os.environ | THREADS, stdout=subprocess.DEVNULL)
+        metrics = tmp_path / name / "metrics.jsonl"
+        while not (metrics.exists() and "train/loss" in metrics.read_text()):
+            time.sleep(0.01)
+            assert process.poll() is None and time.perf_counter() - started < 60
+        seconds.append(time.perf_counter() - started)
+        process.kill()
+        process.wait()
+    assert min(seconds) < 4, seconds

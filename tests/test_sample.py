@@ -104,8 +104,9 @@ def test_foreign_files_are_refused_and_never_run(gptlab, tmp_path, content):
 
 
 def test_damaged_file_is_refused(gptlab, tmp_path, checkpoint):
-    (tmp_path / "cut.ckpt").write_bytes(checkpoint.read_bytes()[:-1000])
-    assert "error: cut.ckpt" in gptlab("sample", "ckpt=cut.ckpt", status=2).stderr
+    for size in (5000, -1000):
+        (tmp_path / "cut.ckpt").write_bytes(checkpoint.read_bytes()[:size])
+        assert "error: cut.ckpt" in gptlab("sample", "ckpt=cut.ckpt", status=2).stderr
 
 
 def test_sweep_over_seeds(gptlab, tmp_path, checkpoint):

@@ -100,6 +100,7 @@ def test_tensorboard_shows_scalars_config_and_hyper_parameters(gptlab, tmp_path)
     content = events.summary_metadata["_hparams_/session_start_info"].plugin_data.content
     given = HParamsPluginData.FromString(content).session_start_info.hparams
     assert given["optim.lr"].number_value == 1e-3 and given["data.name"].string_value == "python_docs"
+    assert not any("_target_" in key or "compile" in key for key in given)
     experiment = events.summary_metadata["_hparams_/experiment"].plugin_data.content
     shown = [info.name.tag for info in HParamsPluginData.FromString(experiment).experiment.metric_infos]
     assert "val/bits_per_byte" in shown
@@ -426,6 +427,19 @@ def test_mistakes_are_texts_with_status_2(gptlab, arguments, texts):
     assert stderr.startswith("\nerror: ") and "Traceback" not in stderr
     for text in texts:
         assert text in stderr
+
+
+def test_lightnings_own_settings_need_no_plus(gptlab):
+    shown = gptlab("train", "trainer.extra.limit_val_batches=2", "+trainer.extra.benchmark=true", "--cfg", "job").stdout
+    assert yaml.safe_load(shown)["trainer"]["extra"] == {"limit_val_batches": 2, "benchmark": True}
+
+
+def test_null_stays_null_in_a_sweep(gptlab, tmp_path):
+    """As a text it would be the name of a file."""
+    (tmp_path / "a.txt").write_text("abc " * 500)
+    texts = ["data=text", "data.path=a.txt", "data.val_path=null", "callbacks.sample_text.prompt=null,ab"]
+    done = gptlab("train", "-m", *texts, *TINY, "data.block_size=8", "callbacks=sample_text,checkpointing")
+    assert done.stdout.count("tokens per optimizer step") == 4
 
 
 def test_full_error_shows_the_traceback(gptlab):

@@ -28,11 +28,6 @@ class Profile(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._first = trainer.global_step + self.skip_steps
-        if self._first + self.steps > trainer.max_steps:
-            raise ValueError(
-                f"callbacks.profile needs skip_steps={self.skip_steps} + steps={self.steps} steps, and "
-                f"{trainer.max_steps - trainer.global_step} are left: set trainer.max_steps={self._first + self.steps}"
-            )
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch, batch_idx: int) -> None:
         if trainer.is_global_zero and trainer.global_step == self._first:
@@ -45,15 +40,22 @@ class Profile(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs, batch, batch_idx: int
     ) -> None:
-        if self._profiler is not None and trainer.global_step == self._first + self.steps:
-            seconds = self._now(pl_module.device) - self._since
-            self._profiler.stop()
-            self._report(self._profiler, Path(trainer.default_root_dir) / "profile", seconds, pl_module.device)
-            self._profiler = None
+        if trainer.should_stop or trainer.global_step == self._first + self.steps:
+            self._finish(trainer, pl_module)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        if self._profiler is not None:
-            self._profiler.stop()  # left running, it would crash the interpreter on its way out
+        self._finish(trainer, pl_module)  # left running, the profiler would crash the interpreter on its way out
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._finish(trainer, pl_module)
+
+    def _finish(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        profiler, self._profiler = self._profiler, None
+        if profiler is not None:
+            seconds = self._now(pl_module.device) - self._since
+            profiler.stop()
+            if steps := trainer.global_step - self._first:
+                self._report(profiler, Path(trainer.default_root_dir) / "profile", seconds, steps, pl_module.device)
 
     @staticmethod
     def _now(device: torch.device) -> float:
@@ -61,7 +63,7 @@ class Profile(L.Callback):
             torch.accelerator.synchronize(device)
         return time.perf_counter()
 
-    def _report(self, profiler: profile, folder: Path, seconds: float, device: torch.device) -> None:
+    def _report(self, profiler: profile, folder: Path, seconds: float, steps: int, device: torch.device) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         temporary = folder / "trace.tmp"
         profiler.export_chrome_trace(str(temporary))
@@ -69,19 +71,19 @@ class Profile(L.Callback):
         key = f"self_{'cpu' if device.type == 'cpu' else 'device'}_time_total"
         events = profiler.key_averages()
         write_atomic(folder / "table.txt", events.table(sort_by=key, row_limit=-1).encode("utf-8"))
-        log.info("\n%s", self._table(events, key, 1000 * seconds / self.steps))
+        log.info("\n%s", self._table(events, key, 1000 * seconds / steps, steps))
         log.info(
             "all operators: profile/table.txt in the run folder\n"
             "each event: profile/trace.json there; https://ui.perfetto.dev shows it\n"
         )
 
-    def _table(self, events: list, key: str, total: float) -> str:
+    def _table(self, events: list, key: str, total: float, steps: int) -> str:
         """At most 80 columns. Times are milliseconds per step, shares are of the whole step."""
         operators = {}  # kernels have rows of their own, beside those of the operators that start them
         for event in events:
             if event.device_type == DeviceType.CPU:
                 calls, ms = operators.get(event.key, (0.0, 0.0))
-                operators[event.key] = calls + event.count / self.steps, ms + getattr(event, key) / 1000 / self.steps
+                operators[event.key] = calls + event.count / steps, ms + getattr(event, key) / 1000 / steps
         slowest = sorted(operators.items(), key=lambda item: -item[1][1])[: self.rows]
         rest = total - sum(ms for _, (_, ms) in slowest)
         lines = [f"{'operator':<44}{'calls/step':>11}{'ms/step':>11}{'share':>9}"]

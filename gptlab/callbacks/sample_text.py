@@ -2,6 +2,7 @@
 
 import logging
 import math
+from typing import Any
 
 import lightning as L
 import torch
@@ -23,9 +24,12 @@ class SampleText(L.Callback):
         self.prompt, self.max_new_tokens, self.temperature, self.top_k = prompt, max_new_tokens, temperature, top_k
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        tokenizer = trainer.datamodule.tokenizer
+        self.encode_prompt(trainer.datamodule.tokenizer)
+
+    def encode_prompt(self, tokenizer: Any) -> None:
+        """Raises ValueError if the tokenizer cannot."""
         self._start = self.prompt or tokenizer.start
-        try:  # here, to fail before any training
+        try:
             self._ids = tokenizer.encode(self._start)
         except ValueError as error:
             raise ValueError(f"callbacks.sample_text.prompt: {error}") from None

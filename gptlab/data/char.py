@@ -61,15 +61,11 @@ class CharData(WindowData):
             return
         if self.name == PYTHON_DOCS:
             self._text = [python_docs()]
-        elif self.path is not None:
-            self._text = TextFiles(self.path, "data.path")
-            self.resolved = {"path": from_anywhere(self.path)}
-        elif self.url is not None:
+        elif self.path is None and self.url is not None:
             self._text = self._fetch()
         else:
-            raise ValueError(
-                f"data.path is missing: data={self.name} needs data.path=FILE, a folder of .txt files or a glob"
-            )
+            self._text = TextFiles(self.path, "data.path")
+            self.resolved = {"path": from_anywhere(self.path)}
         if self.val_path is not None:
             self._val_text = TextFiles(self.val_path, "data.val_path")
             self.resolved["val_path"] = from_anywhere(self.val_path)

@@ -21,7 +21,7 @@ PYTHON_DOCS = "python_docs"
 PIECE = 1 << 18  # bytes read at a time: what is made of them stays in the processor's cache
 
 
-def text_files(path: str, key: str) -> list[Path]:
+def text_files(path: str | None, key: str) -> list[Path]:
     """The files that the config key `data.path` or `data.val_path` stands for, in sorted order: a file, the *.txt in a
     folder and below it, or what a glob matches (`**` is recursive). Hidden ones only where they are named. Neither
     reads nor opens a file.
@@ -31,7 +31,7 @@ def text_files(path: str, key: str) -> list[Path]:
         ValueError: what is there is empty, not readable or not a regular file.
     """
     if not path:
-        raise ValueError(f"{key} is empty: give a file, a folder of .txt files, or a glob such as texts/**/*.md")
+        raise ValueError(f"{key} is missing: give a file, a folder of .txt files, or a glob such as texts/**/*.md")
     given, place = f"{key}={path}", os.path.expanduser(path)
     if os.path.isdir(place):
         files = _in_folder(place, key, given)

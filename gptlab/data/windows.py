@@ -114,8 +114,8 @@ class WindowData(L.LightningDataModule):
       the end, or None.
     - `tokenizer`: `vocab_size`; `encode(text)` -> ids (n,), an integer array, ValueError for what it cannot encode;
       `decode(ids)` -> str, of an iterable of int; `start`, the text that an empty prompt stands for; `token_bytes()`, the
-      bytes of text per token, (vocab_size,) integers; `state()`, a dict of plain JSON, from which
-      `tokenizer.from_state` makes it again when a checkpoint is loaded.
+      bytes of text per token, (vocab_size,) integers; `state()`, a dict of plain JSON from which a checkpoint makes it
+      again: for a class of your own `{"_target_": "my_pkg.MyTokenizer", ...}` with its keyword arguments.
     """
 
     tokenizer: Any
