@@ -150,11 +150,13 @@ def _split(argv: list[str]) -> tuple[list[str], list[str]]:
             continue
         flag, _, value = argument.partition("=")
         if flag not in FLAGS:
-            near = difflib.get_close_matches(flag, FLAGS, n=1)
+            near = difflib.get_close_matches(flag, FLAGS, n=1, cutoff=0.8)
             instead = f"settings have no dashes: {flag.lstrip('-')}={value or 'VALUE'}"
             raise ValueError(f"unknown flag {flag}; " + (f"did you mean {near[0]}?" if near else instead))
         flags.append(argument)
-        if argument in VALUE_FLAGS and rest and not (argument in ("--info", "-i") and "=" in rest[0]):
+        if argument in ("--info", "-i") and (not rest or "=" in rest[0]):
+            flags.append("all")
+        elif argument in VALUE_FLAGS and rest:
             flags.append(rest.pop(0))
         if flag in ("--cfg", "-c") and (value or flags[-1]) not in ("job", "hydra", "all"):
             raise ValueError(f"{flag} shows the config of: job, hydra or all")
@@ -165,16 +167,20 @@ def _check_overrides(overrides: list[str]) -> None:
     """What Hydra would not name the key of, or stumble over while it writes the run folder.
 
     Raises:
-        ValueError: bytes that are not UTF-8, or a group that is given a number or null.
+        ValueError: bytes that are not UTF-8, a name that is no folder's, or a group that is given no option.
     """
     groups = [path.name for path in config.CONF.iterdir() if path.is_dir()]
     for override in overrides:
         key, _, value = override.partition("=")
         if not override.isascii() and any("\ud800" <= char <= "\udfff" for char in override):
             raise ValueError(f"{override!a} is not valid text: it holds bytes that are not UTF-8, or half a character")
-        if key in groups and key not in ("experiment", "debug") and re.fullmatch(r"null|[\d.]+", value):
-            choices = ", ".join(mistakes.options(key))
-            raise ValueError(f"{override}: it must be one of {choices} (and '~{key}' leaves it out)")
+        if key == "name" and (value.startswith("/") or {"", ".", ".."} & set(value.split("/"))):
+            raise ValueError(f"{override}: it names the folder of the run under outputs/, and must lie in there")
+        if key in groups and key not in ("experiment", "debug") and re.fullmatch(r"null|[\d.]+|\[.*", value):
+            if key == "callbacks" and value.startswith("["):
+                continue
+            leaves_out = f" (and '~{key}' leaves it out)" if key in ("callbacks", "logger") else ""
+            raise ValueError(f"{override}: it must be one of {', '.join(mistakes.options(key))}{leaves_out}")
 
 
 def _quote(text: str) -> str:

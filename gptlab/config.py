@@ -27,9 +27,10 @@ AT_LEAST = {
         [f"optim.{key}" for key in ("min_lr", "warmup_steps", "decay_steps", "weight_decay", "grad_clip")], 0
     ),
     "callbacks.checkpointing.every": 1,
-    "callbacks.sample_text.max_new_tokens": 0,
-    "callbacks.sample_text.temperature": 0,
-    "callbacks.sample_text.top_k": 1,
+    **{f"{at}max_new_tokens": 0 for at in ("", "callbacks.sample_text.")},
+    **{f"{at}temperature": 0 for at in ("", "callbacks.sample_text.")},
+    **{f"{at}top_k": 1 for at in ("", "callbacks.sample_text.")},
+    "num_samples": 1,
     "callbacks.early_stopping.patience": 1,
     "callbacks.early_stopping.min_delta": 0,
     "callbacks.ema.decay": 0,
@@ -38,6 +39,11 @@ AT_LEAST = {
     "callbacks.profile.steps": 1,
     "callbacks.profile.rows": 1,
 }
+# What gptlab itself tells Lightning's Trainer, so that trainer.extra cannot.
+NOT_EXTRA = ("accelerator", "devices", "num_nodes", "strategy", "precision", "max_steps", "max_epochs", "max_time",
+             "val_check_interval", "check_val_every_n_epoch", "num_sanity_val_steps", "logger", "log_every_n_steps",
+             "callbacks", "enable_checkpointing", "plugins", "use_distributed_sampler", "default_root_dir",
+             "enable_progress_bar", "enable_model_summary")  # fmt: skip
 BELOW = {"seed": 2**32, "callbacks.ema.decay": 1}  # numpy's legacy generator takes no larger seed
 ONE_OF = {
     "trainer.precision": ("auto", *PRECISIONS),
@@ -272,14 +278,8 @@ def check(cfg: Any) -> None:
     """
     model = {key: value for key, value in cfg.model.items() if key not in ("_target_", "compile")}
     of_model = model_problems(**model) if cfg.model.get("_target_") == GPTConfig._target_ else []
-    problems = [
-        *_target_problems(cfg),
-        *of_model,
-        *_value_problems(cfg),
-        *_cross_problems(cfg),
-        *_text_problems(cfg.data),
-    ]
-    if problems:
+    found = (_target_problems(cfg), of_model, value_problems(cfg), _cross_problems(cfg), _text_problems(cfg.data))
+    if problems := [problem for problems in found for problem in problems]:
         raise ValueError("\n".join(problems))
 
 
@@ -318,7 +318,7 @@ def _target_problems(cfg: Any) -> Iterator[str]:
             )
 
 
-def _value_problems(cfg: Any) -> Iterator[str]:
+def value_problems(cfg: Any) -> Iterator[str]:
     """Values outside what AT_LEAST, BELOW and ONE_OF allow. A user's own classes have no schema, so types may be wrong."""
     from omegaconf import OmegaConf
 
@@ -353,6 +353,10 @@ def _cross_problems(cfg: Any) -> Iterator[str]:
     val_windows = cfg.data.get("val_windows")
     if isinstance(val_windows, int) and 1 <= val_windows < processes:
         yield f"data.val_windows={val_windows}: it must be at least the number of processes, {processes}"
+    for key in set(trainer.extra) & set(NOT_EXTRA):
+        yield f"trainer.extra.{key}: gptlab sets it itself" + (f", from trainer.{key}" if key in trainer else "")
+    if (cfg.logger or {}).get("_target_") == WandbConfig._target_ and importlib.util.find_spec("wandb") is None:
+        yield "logger=wandb needs Weights & Biases: pip install 'gptlab[wandb]'"
     profile = OmegaConf.select(cfg, "callbacks.profile")
     if profile is not None and profile.skip_steps + profile.steps > trainer.max_steps and cfg.resume is None:
         yield (

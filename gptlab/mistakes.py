@@ -39,6 +39,8 @@ def explain(error: BaseException, composing: bool) -> str | None:
         detail = next((e for e in chain if isinstance(e, OmegaConfBaseException)), None)
         text = _of_hydra(error) or (_of_key(detail) if detail else None) or "\n".join(str(error).split("\n")[:4])
         file = _yaml_file(error)
+        if file and detail is not None and detail.full_key == file.partition("/")[0]:
+            text = "its first line must be `# @package _global_`, or its keys are looked for below that of its folder"
         text = f"in {file}: {text}" if file else text
     return f"{text}\n(HYDRA_FULL_ERROR=1 shows where it comes from)"
 
@@ -69,11 +71,20 @@ def _of_hydra(error: BaseException) -> str | None:
     text = str(error)
     if isinstance(error, MissingConfigException) and "/" in (error.missing_cfg_file or ""):
         group, _, name = error.missing_cfg_file.rpartition("/")
-        return f"{group}={name}: there is no such choice{_meant(name, options(group, error))}"
+        if "/" in group and group.partition("/")[0] in ("experiment", "debug"):
+            return f"{group}: {name}: a defaults list says `override /{group.partition('/')[2]}: {name}`"
+        own = f" (of your own: --config-dir FOLDER, with FOLDER/{group}/{name}.yaml)"
+        return f"{group}={name}: there is no such choice{_meant(name, options(group, error))}{own}"
     if isinstance(error, OverrideParseException):
         given = error.override
-        if "=" in given:
-            return f"{given}: cannot be read as KEY=VALUE; a text with spaces or any of ,:[]{{}}() in it needs quotes, \"{given.partition('=')[0]}='...'\""
+        key, is_setting, value = given.partition("=")
+        if is_setting:
+            return (
+                f"{given}: cannot be read as KEY=VALUE; lists have no spaces, [a,b], and a text with other characters "
+                f"than those of file names is quoted for the shell and for Hydra: \"{key}='{value}'\""
+            )
+        if Path(given).exists():
+            return f"{given}: settings are given as KEY=VALUE; did you mean ckpt={given} or resume={given}?"
         found = [f"{path.parent.name}={given}" for path in sorted(config.CONF.glob(f"*/{given}.yaml"))]
         return f"{given}: settings are given as KEY=VALUE" + (f"; did you mean {' or '.join(found)}?" if found else "")
     if "Ambiguous value" in text:
@@ -82,7 +93,11 @@ def _of_hydra(error: BaseException) -> str | None:
     if text.endswith("No match in the defaults list."):
         group = text.split("'")[-2]
         groups = sorted(path.name for path in config.CONF.iterdir() if path.is_dir())
+        if "@" in group:
+            return f"{text.split(':')[0]}: its defaults list must say `override /{group.rpartition('@')[2]}: ...`"
         return f"{text.split(':')[0]}: there is no group {group}{_meant(group, groups)}"
+    if isinstance(error, PermissionError):
+        return f"{text}; runs are written below the working directory: go where you may write, or give hydra.run.dir=FOLDER"
     if text.startswith("Could not delete"):
         key = text.split("'")[1]
         return f"~{key}: there is nothing of that name to leave out"

@@ -47,6 +47,9 @@ def find_run(run: str) -> Path:
     folder = Path(run).expanduser()
     if not (folder / "config.yaml").is_file():
         missing = "is not a run folder (it has no config.yaml)" if folder.exists() else "does not exist"
+        inside = next((str(parent) for parent in folder.parents[:2] if (parent / "config.yaml").is_file()), None)
+        if inside is not None:
+            raise FileNotFoundError(f"{run} {missing}, but lies in one: give {inside}")
         found = [path for folder in ("outputs", "sweeps") for path in Path(folder).glob("**/run.json")]
         near = [str(path.parent) for path in sorted(found, key=lambda path: path.stat().st_mtime)]
         raise FileNotFoundError(

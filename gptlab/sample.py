@@ -3,15 +3,15 @@
 from pathlib import Path
 from typing import Any
 
-from gptlab import cli, runs
+from gptlab import cli, config, runs
 
 
 def sample(cfg: Any) -> None:
     """Write `num_samples` continuations of the prompt to standard output, as they are drawn."""
     if cfg.ckpt is None:
         raise ValueError("ckpt is missing: give a run folder or a checkpoint file, ckpt=outputs/NAME/DATE")
-    if cfg.num_samples < 1:
-        raise ValueError(f"num_samples={cfg.num_samples}: it must be at least 1")
+    if problems := list(config.value_problems(cfg)):
+        raise ValueError("\n".join(problems))
     if not 0 <= cfg.seed < 2**63 - cfg.num_samples:
         raise ValueError(f"seed={cfg.seed}: it must be from 0 to 2**63 - 1 - num_samples")
     path = runs.find_checkpoint(cfg.ckpt, ("best", "last", "previous"))
@@ -66,7 +66,7 @@ def choose_device(device: str) -> Any:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(
-            f"device={device} cannot be used here ({str(error).splitlines()[0]}); try device=cpu"
+            f"device={device} cannot be used here ({str(error).splitlines()[0][:80]}); it may be auto, cpu, cuda or mps"
         ) from None
     return torch.device(device)
 

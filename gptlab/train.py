@@ -101,6 +101,7 @@ def make_data(cfg: Any, resuming: bool) -> Any:
     from hydra.utils import instantiate
 
     from gptlab import checkpoint
+    from gptlab.data.windows import WindowData
 
     if resuming and cfg.data.get("fallback") is not None:
         cfg.data.fallback = None  # it was not needed then; now it would be another text
@@ -113,6 +114,8 @@ def make_data(cfg: Any, resuming: bool) -> Any:
             f"data._target_: {type(data).__name__} lacks {', '.join(missing)}; what a data set must offer is in the "
             "docstring of gptlab.data.windows.WindowData"
         )
+    if isinstance(data, WindowData) and not data.checked:
+        data.check_lengths(f"data={data.name}")
     checkpoint.build_tokenizer(data.tokenizer.state())  # what could not be loaded must not be saved
     for key, value in data.resolved.items():
         cfg.data[key] = value
@@ -225,7 +228,8 @@ def fit(trainer: Any, module: Any, data: Any, ckpt: Path | None, run: Path) -> N
         if not trainer.interrupted:
             raise
         # Ctrl-C: Lightning has cleaned up, and would exit with 1
-        log.info("\ninterrupted at step %d; %s; to go on from there:", trainer.global_step, saved_so_far(run))
+        again = "go on from there" if runs.newest_checkpoint(run) else "start it again"
+        log.info("\ninterrupted at step %d; %s; to %s:", trainer.global_step, saved_so_far(run), again)
         log.info("  %s", resume_command(run))
         sys.exit(130)
 

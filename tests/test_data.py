@@ -254,7 +254,7 @@ def test_links_that_lead_back_add_nothing(texts):
 @pytest.mark.parametrize(
     ("path", "error", "needed"),
     [
-        ("", ValueError, ["data.val_path is empty", "glob"]),
+        ("", ValueError, ["data.val_path is missing", "glob"]),
         ("text", FileNotFoundError, ["data.val_path=text", "No such file", "did you mean texts?"]),
         ("texts/B.TXT", FileNotFoundError, ["did you mean texts/b.txt?"]),
         ("texts/b.txt/x", FileNotFoundError, ["Not a directory"]),

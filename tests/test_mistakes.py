@@ -69,7 +69,7 @@ def all_keys() -> list[tuple[list[str], str, object]]:
         for key in leaves(cfg):
             parent = OmegaConf.select(cfg, key.rpartition(".")[0]) if "." in key else cfg
             identity = (key, parent._metadata.object_type)
-            if identity not in seen:
+            if identity not in seen and not key.startswith("trainer.extra."):  # those are Lightning's to refuse
                 seen.add(identity)
                 kind = parent._get_node(key.rpartition(".")[2])
                 text = "StringNode" in type(kind).__name__ or key.endswith("_target_")
@@ -151,6 +151,12 @@ def test_every_key_given_a_wrong_type(mistake, experiment, way):
         (["callbacks=[default,emma]"], "did you mean ema? It may be: "),
         (["shakespeare_char"], "did you mean data=shakespeare_char or experiment=shakespeare_char?"),
         (["optim=5"], "optim=5: it must be one of adamw"),
+        (["logger=[tensorboard,wandb]"], "it must be one of tensorboard, wandb"),
+        (["name=../x"], "name=../x: it names the folder of the run"),
+        (["trainer.extra.max_steps=3"], "trainer.extra.max_steps: gptlab sets it itself, from trainer.max_steps"),
+        (["--resume", "x"], "settings have no dashes: resume=VALUE"),
+        (["experiment=mine"], "--config-dir FOLDER, with FOLDER/experiment/mine.yaml"),
+        (["name=ä"], "quoted for the shell and for Hydra"),
         (["logger=null"], "'~logger' leaves it out"),
         (["tags=[a"], "tags=[a: cannot be read as KEY=VALUE"),
         (["optim.lr=1,2"], "needs -m"),
@@ -190,6 +196,7 @@ def test_common_mistakes(mistake, arguments, said):
         ("seed: 1\nseed: 2", "duplicate key seed"),
         ("defaults: [override /modle: gpt2]", "there is no group modle; did you mean model?"),
         ("defaults: [override /model: gtp2]", "model=gtp2: there is no such choice; did you mean gpt2?"),
+        ("defaults: [model: gpt-micro]", "`override /model: gpt-micro`"),
         ("model: {n_layer: null}", "model.n_layer=null: it must be a whole number"),
     ],
 )
@@ -198,6 +205,22 @@ def test_mistakes_in_a_yaml_file(mistake, tmp_path, content, said):
     (tmp_path / "c/experiment/mine.yaml").write_text(f"# @package _global_\n{content}\n")
     lines = mistake("experiment=mine", "--config-dir", "c")
     assert said in "\n".join(lines) and len(lines) <= 6
+
+
+@pytest.mark.parametrize("content", ["optim: {lr: 1}", ""])
+def test_an_experiment_without_its_first_line(mistake, tmp_path, content):
+    """Without it, its keys land under `experiment`, which no schema has."""
+    (tmp_path / "c/experiment").mkdir(parents=True)
+    (tmp_path / "c/experiment/mine.yaml").write_text(content)
+    assert "its first line must be `# @package _global_`" in mistake("experiment=mine", "--config-dir", "c")[0]
+
+
+def test_where_nothing_may_be_written(mistake, tmp_path, monkeypatch):
+    def denied(path, *arguments, **options):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr("pathlib.Path.mkdir", denied)
+    assert "go where you may write, or give hydra.run.dir=FOLDER" in mistake("seed=1")[0]
 
 
 def test_all_mistakes_across_keys_are_reported_at_once(mistake):
@@ -209,9 +232,11 @@ def test_all_mistakes_across_keys_are_reported_at_once(mistake):
     assert len(lines) == 6
 
 
-def test_samples_too(mistake):
+def test_samples_too(mistake, tmp_path):
     assert "did you mean temperature?" in mistake("tempreature=1", entry="sample")[0]
     assert "there is no key foo" in mistake("+foo=1", entry="sample")[0]
+    (tmp_path / "run").mkdir()
+    assert "did you mean ckpt=run or resume=run?" in mistake("run", entry="sample")[0]
 
 
 def test_a_mistake_costs_less_than_a_second(tmp_path):

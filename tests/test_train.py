@@ -402,7 +402,7 @@ def test_no_network_and_no_fallback_is_an_error(gptlab):
         (["trainer.precision=64"], ["trainer.precision=64", "auto, 32, bf16, fp16"]),
         (["optim.lr=-1", "optim.betas=[0.9,1]", "seed=-1"], ["optim.lr=-1", "optim.betas", "seed=-1"]),
         (["trainer.devices=20"], ["data.batch_size=12", "trainer.devices"]),
-        (["optim.schedule=linear"], ["optim.schedule=linear", "cosine or constant"]),
+        (["optim.schedule=linear"], ["optim.schedule=linear", "cosine, constant"]),
         (["model.n_head=5"], ["model.n_head=5", "model.n_embd=128"]),
         (["data=text"], ["data.path"]),
         (["data=text", "data.path=nowhere.txt"], ["nowhere.txt", "No such file"]),
@@ -438,8 +438,8 @@ def test_null_stays_null_in_a_sweep(gptlab, tmp_path):
     """As a text it would be the name of a file."""
     (tmp_path / "a.txt").write_text("abc " * 500)
     texts = ["data=text", "data.path=a.txt", "data.val_path=null", "callbacks.sample_text.prompt=null,ab"]
-    done = gptlab("train", "-m", *texts, *TINY, "data.block_size=8", "callbacks=sample_text,checkpointing")
-    assert done.stdout.count("tokens per optimizer step") == 4
+    done = gptlab("train", "-m", *texts, *TINY, "data.block_size=8")
+    assert done.stdout.count("tokens per optimizer step") == 2
 
 
 def test_full_error_shows_the_traceback(gptlab):

@@ -93,8 +93,9 @@ class WindowData(L.LightningDataModule):
     """Training and validation windows over two sequences of token ids, and all that gptlab asks of a data set.
 
     For ids of your own, subclass this. `__init__` gets the keys of the config's `data` node (but _target_), and seed;
-    those of WindowData go on to it, those of your own are your own. `setup(stage)` sets `tokenizer`, `train_ids`,
-    `val_ids` (1-D integer arrays) and `record`, and ends with `check_lengths`. For other batches, this is what gptlab
+    those of WindowData go on to it (`super().__init__(**windows)`), those of your own are your own. `setup(stage)` sets
+    `tokenizer` (such as `gptlab.tokenizer.CharTokenizer("abc...")`), `train_ids`, `val_ids` (1-D numpy arrays of
+    integers) and `record`. For other batches, this is what gptlab
     uses:
 
     - `prepare_data()` and `setup("fit")`: called in every process, and by Lightning once more: the second time they
@@ -139,19 +140,24 @@ class WindowData(L.LightningDataModule):
         self.micro_batch_size, self.val_windows, self.workers = micro_batch_size, val_windows, workers
         self.resolved: dict[str, Any] = {}
         self.warning: str | None = None
+        self.checked = False
 
     def check_lengths(self, source: str | Path) -> None:
         """Raises ValueError unless both splits hold at least one window and only ids of the vocabulary."""
+        self.checked = True
         for split, ids in (("training", self.train_ids), ("validation", self.val_ids)):
+            if not (isinstance(ids, np.ndarray) and ids.ndim == 1 and ids.dtype.kind in "iu"):
+                what = f"{ids.dtype} {tuple(ids.shape)}" if hasattr(ids, "dtype") else type(ids).__name__
+                raise ValueError(f"{source}: the {split} ids must be a 1-D numpy array of integers, not {what}")
             if len(ids) < self.block_size + 1:
                 raise ValueError(
                     f"{source}: the {split} split has {len(ids)} tokens, and data.block_size={self.block_size} needs "
                     f"at least {self.block_size + 1}: give a longer text or a smaller data.block_size"
                 )
-            if ids.max() >= self.tokenizer.vocab_size:  # a GPU would notice only by crashing
-                raise ValueError(
-                    f"{source}: token id {ids.max()} is outside the vocabulary of {self.tokenizer.vocab_size}"
-                )
+            least, most = ids.min(), ids.max()
+            if least < 0 or most >= self.tokenizer.vocab_size:  # a GPU would notice only by crashing
+                wrong = least if least < 0 else most
+                raise ValueError(f"{source}: token id {wrong} is outside the vocabulary of {self.tokenizer.vocab_size}")
 
     def train_dataloader(self) -> DataLoader:
         trainer = self.trainer
