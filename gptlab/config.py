@@ -357,11 +357,11 @@ def _cross_problems(cfg: Any) -> Iterator[str]:
         yield f"trainer.extra.{key}: gptlab sets it itself" + (f", from trainer.{key}" if key in trainer else "")
     if (cfg.logger or {}).get("_target_") == WandbConfig._target_ and importlib.util.find_spec("wandb") is None:
         yield "logger=wandb needs Weights & Biases: pip install 'gptlab[wandb]'"
-    profile = OmegaConf.select(cfg, "callbacks.profile")
-    if profile is not None and profile.skip_steps + profile.steps > trainer.max_steps and cfg.resume is None:
+    profiled = sum(OmegaConf.select(cfg, f"callbacks.profile.{key}") or 0 for key in ("skip_steps", "steps"))
+    if profiled > trainer.max_steps and cfg.resume is None:
         yield (
-            f"callbacks.profile: skip_steps={profile.skip_steps} + steps={profile.steps} are more than "
-            f"trainer.max_steps={trainer.max_steps}: add trainer.max_steps={profile.skip_steps + profile.steps}"
+            f"callbacks.profile needs skip_steps + steps = {profiled} steps, more than trainer.max_steps="
+            f"{trainer.max_steps}: add trainer.max_steps={profiled}"
         )
     if not 0 < optim.lr < math.inf:
         yield f"optim.lr={optim.lr}: it must be above 0 and finite"

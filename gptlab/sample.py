@@ -12,8 +12,6 @@ def sample(cfg: Any) -> None:
         raise ValueError("ckpt is missing: give a run folder or a checkpoint file, ckpt=outputs/NAME/DATE")
     if problems := list(config.value_problems(cfg)):
         raise ValueError("\n".join(problems))
-    if not 0 <= cfg.seed < 2**63 - cfg.num_samples:
-        raise ValueError(f"seed={cfg.seed}: it must be from 0 to 2**63 - 1 - num_samples")
     path = runs.find_checkpoint(cfg.ckpt, ("best", "last", "previous"))
     text = read_prompt(cfg.prompt, cfg.prompt_file)
 
