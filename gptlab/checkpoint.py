@@ -1,9 +1,9 @@
 """From a checkpoint file to a model that can be used. The file is treated as hostile: only plain values and tensors
 are read from it, nothing in it is interpolated, and classes that gptlab does not define are built only on request."""
 
+import importlib
 import inspect
 import pickle
-import pkgutil
 from pathlib import Path
 from typing import Any
 
@@ -97,11 +97,12 @@ def _build(key: str, target: str, arguments: dict[str, Any]) -> Any:
     if target == GPT_TARGET:
         return GPT(**arguments)
     try:
-        wanted = pkgutil.resolve_name(target)
+        module, _, name = target.rpartition(".")
+        wanted = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise ValueError(
-            f"{key}._target_={target} cannot be imported ({error}): run this in the folder that holds its package, or "
-            "install that"
+            f"{key}._target_={target} cannot be imported ({error}): it must lie in the working directory, or "
+            "be installed"
         ) from error
     try:
         inspect.signature(wanted).bind(**arguments)

@@ -203,7 +203,7 @@ def _resume(run: str, flags: list[str], given: dict[str, str]) -> tuple[list[str
         )
     folder = runs.find_run(run).resolve()
     flags = [*flags, "--config-path", str(folder), "--config-name", "config", "--config-dir", str(config.CONF)]
-    overrides = [f"{key}={value}" for key, value in given.items()]
+    overrides = [f"{'++' * key.startswith('data.')}{key}={value}" for key, value in given.items()]
     place = _quote(str(folder))
     return flags, [
         *overrides,

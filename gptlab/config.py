@@ -311,7 +311,9 @@ def _target_problems(cfg: Any) -> Iterator[str]:
         if key == "model" and (other := [name for name in node if name.startswith("_") and name != "_target_"]):
             yield f"model.{other[0]}: a model is built from _target_ and plain values alone"
         package, *names = target.split(".")
-        if not names or not package.isidentifier() or importlib.util.find_spec(package) is None:
+        if not names:
+            yield f"{key}._target_={target}: it must be PACKAGE.CLASS, such as my_package.MyClass"
+        elif not package.isidentifier() or importlib.util.find_spec(package) is None:
             yield (
                 f"{key}._target_={target}: there is no package {package!r} here; it must be PACKAGE.CLASS, installed "
                 "or in the working directory"

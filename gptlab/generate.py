@@ -59,6 +59,6 @@ def generate(
 def _generate(model, idx, max_new_tokens, temperature, top_k, generator) -> Iterator[Tensor]:
     for _ in range(max_new_tokens):
         idx = idx[:, -model.block_size :]
-        next_id = sample_next(model(idx)[:, -1], temperature, top_k, generator)
+        next_id = sample_next(model(idx)[:, -1, : model.vocab_size], temperature, top_k, generator)
         yield next_id
         idx = torch.cat((idx, next_id), dim=1)

@@ -90,11 +90,13 @@ def _of_hydra(error: BaseException) -> str | None:
     if "Ambiguous value" in text:
         given = text.split("'")[1]
         return f"{given}: several values are a sweep, which needs -m; a list is written [a,b], a text with a comma in quotes"
+    if "Could not override '" in text and "@" in text.partition("Could not override")[2]:
+        return (
+            f"{text.split(':')[0]}: its first line must be `# @package _global_`, its defaults `override /model: NAME`"
+        )
     if text.endswith("No match in the defaults list."):
         group = text.split("'")[-2]
         groups = sorted(path.name for path in config.CONF.iterdir() if path.is_dir())
-        if "@" in group:
-            return f"{text.split(':')[0]}: its defaults list must say `override /{group.rpartition('@')[2]}: ...`"
         return f"{text.split(':')[0]}: there is no group {group}{_meant(group, groups)}"
     if isinstance(error, PermissionError):
         return f"{text}; runs are written below the working directory: go where you may write, or give hydra.run.dir=FOLDER"
@@ -124,6 +126,8 @@ def _of_key(error: Any) -> str | None:
         key = error.full_key or reason.rpartition(" ")[2]
         return f"{key} is missing: give {key}=VALUE"
     if isinstance(error, errors.InterpolationResolutionError):
+        if "'data.name'" in reason:
+            return "data.name is missing: the YAML of a data set says `name: NAME`"
         return f"{error.full_key}: {reason}"
     if isinstance(error, (errors.ConfigKeyError, errors.ConfigAttributeError)):
         return f"there is no key {error.full_key}{_nearest(error, root)}"
@@ -131,7 +135,9 @@ def _of_key(error: Any) -> str | None:
         if " is not a subclass of " in reason:  # a value where a whole node belongs; OmegaConf does not say which
             schema, _, value = reason.partition(" is not a subclass of ")[2].partition(". value: ")
             keys = [key for key, node in _nodes(root) if _type_name(node) == schema]
-            return f"{' or '.join(keys)}={value}: it must be a mapping of keys to values"
+            group = next((key for key in keys if (config.CONF / key).is_dir()), None)
+            choose = f"; to choose one, its defaults list says `override /{group}: {value}`" if group else ""
+            return f"{' or '.join(keys)}={value}: it must be a mapping of keys to values{choose}"
         if error.full_key:
             allowed = _allowed(error)
             return f"{error.full_key}={_shown(error.value)}: it must be {allowed}" if allowed else reason
@@ -169,6 +175,8 @@ def _nearest(error: Any, root: Any) -> str:
     if near:
         return f"; did you mean {leaves[near[0]]}?"
     known = f"; known here: {', '.join(siblings)}" if siblings else ""
+    if place and not is_dataclass(node._metadata.object_type):
+        known += f"; what its class takes beyond its YAML: +{error.full_key}=VALUE"
     return known + (f"; for Lightning's Trainer: +trainer.extra.{name}=VALUE" if place == "trainer." else "")
 
 

@@ -56,13 +56,15 @@ def check_model(model: nn.Module, vocab_size: int, block_size: int) -> None:
         ValueError: the text says what is missing or wrong; that it looks ahead would otherwise show as a loss near 0.
     """
     name = type(model).__name__
+    if not isinstance(model, nn.Module) or not any(p.requires_grad for p in model.parameters()):
+        raise ValueError(f"model._target_: {name} must be a torch.nn.Module with parameters to train")
     for key, value in (("vocab_size", vocab_size), ("block_size", block_size)):
         if getattr(model, key, None) != value:
             raise ValueError(f"model._target_: {name} must keep its argument {key}={value} as the attribute {key}")
-    T = min(block_size, 8)
-    ids = torch.arange(T)[None] % vocab_size
-    changed = ids.clone()
-    changed[:, -1] = (ids[:, -1] + 1) % vocab_size
+    T = min(block_size, 128)
+    ids = torch.arange(2 * T).view(2, T) % vocab_size
+    changed = (ids + 1) % vocab_size  # all of the second sequence, but of the first
+    changed[0, :-1] = ids[0, :-1]  # the last token alone
     was_training = model.training
     logits, others = model.eval()(ids), model(changed)
     model.train(was_training)
@@ -74,13 +76,15 @@ def check_model(model: nn.Module, vocab_size: int, block_size: int) -> None:
         or logits.shape[2] < vocab_size
     ):
         raise ValueError(
-            f"model._target_: {name} must map ids (B, T) to logits (B, T, V) with V >= vocab_size: for ids (1, {T}) and "
+            f"model._target_: {name} must map ids (B, T) to logits (B, T, V) with V >= vocab_size: for ids (2, {T}) and "
             f"vocab_size={vocab_size} it returned {shape}"
         )
-    if not torch.allclose(logits[:, :-1], others[:, :-1], rtol=1e-3, atol=1e-4):
+    if not torch.isfinite(logits[..., :vocab_size]).all():
+        raise ValueError(f"model._target_: {name} returns logits that are not finite, before any training")
+    if not torch.allclose(logits[0, :-1, :vocab_size], others[0, :-1, :vocab_size], rtol=1e-3, atol=1e-4):
         raise ValueError(
             f"model._target_: {name} looks ahead: its logits for a position change with later tokens, which it is to "
-            "predict; mask them, as is_causal=True does in scaled_dot_product_attention"
+            "predict, or with other sequences; mask them, as is_causal=True does in scaled_dot_product_attention"
         )
 
 

@@ -1,5 +1,6 @@
 """python -m gptlab.sample: text from a checkpoint. Reads nothing but the checkpoint."""
 
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +34,25 @@ def sample(cfg: Any) -> None:
         if i:
             print("\n" + "-" * 20)
         print(text, end="")
-        for next_id in generate(
+        new = generate(
             model, idx, cfg.max_new_tokens, temperature=cfg.temperature, top_k=cfg.top_k, generator=generator
-        ):
-            print(tokenizer.decode(next_id.flatten().tolist()), end="", flush=True)
+        )
+        for piece in pieces(tokenizer, ids.tolist(), (int(next_id) for next_id in new)):
+            print(piece, end="", flush=True)
         print()
+
+
+def pieces(tokenizer: Any, prompt: list[int], new: Iterable[int]) -> Iterator[str]:
+    """The text that each new id adds to what was there: decoded with all before it, as a token may be a word that needs
+    a space, or a part of a character, which is held back until it is whole."""
+    ids, shown = list(prompt), tokenizer.decode(prompt)
+    for next_id in new:
+        ids.append(next_id)
+        text = tokenizer.decode(ids)
+        if not text.endswith("\ufffd"):
+            yield text[len(shown) :]
+            shown = text
+    yield tokenizer.decode(ids)[len(shown) :]
 
 
 def read_prompt(prompt: str | None, prompt_file: str | None) -> str:

@@ -102,6 +102,7 @@ def make_data(cfg: Any, resuming: bool) -> Any:
 
     from gptlab import checkpoint
     from gptlab.data.windows import WindowData
+    from gptlab.tokenizer import CharTokenizer, check_tokenizer
 
     if resuming and cfg.data.get("fallback") is not None:
         cfg.data.fallback = None  # it was not needed then; now it would be another text
@@ -116,7 +117,14 @@ def make_data(cfg: Any, resuming: bool) -> Any:
         )
     if isinstance(data, WindowData) and not data.checked:
         data.check_lengths(f"data={data.name}")
-    checkpoint.build_tokenizer(data.tokenizer.state())  # what could not be loaded must not be saved
+    if not isinstance(data.tokenizer, CharTokenizer):
+        check_tokenizer(data.tokenizer, checkpoint.build_tokenizer)
+    try:
+        json.dumps([data.record, data.tokenizer.state()])
+    except TypeError as error:
+        raise ValueError(f"data._target_: record and the tokenizer's state() must be plain values: {error}") from None
+    if not {"name", "sha256"} <= data.record.keys():
+        raise ValueError(f"data._target_: record must have name and sha256, and has {', '.join(data.record)}")
     for key, value in data.resolved.items():
         cfg.data[key] = value
     return data

@@ -196,6 +196,7 @@ def test_common_mistakes(mistake, arguments, said):
         ("seed: 1\nseed: 2", "duplicate key seed"),
         ("defaults: [override /modle: gpt2]", "there is no group modle; did you mean model?"),
         ("defaults: [override /model: gtp2]", "model=gtp2: there is no such choice; did you mean gpt2?"),
+        ("model: gpt2", "its defaults list says `override /model: gpt2`"),
         ("defaults: [model: gpt-micro]", "`override /model: gpt-micro`"),
         ("model: {n_layer: null}", "model.n_layer=null: it must be a whole number"),
     ],

@@ -3,11 +3,14 @@
 import json
 import textwrap
 
+import numpy as np
 import pytest
 import torch
 import yaml
 
 from gptlab.module import check_model
+from gptlab.sample import pieces
+from gptlab.tokenizer import check_tokenizer
 
 TINY = ["hardware=cpu", "trainer.max_steps=4", "trainer.val_every=2", "trainer.log_every=1", "optim.warmup_steps=1",
         "optim.decay_steps=20", "callbacks.sample_text.max_new_tokens=5"]  # fmt: skip
@@ -119,7 +122,7 @@ TOKENIZER = """
             return self.inner.encode(text.lower())
 
         def decode(self, ids):
-            return self.inner.decode(ids).upper() + self.loud["mark"]
+            return "".join(self.inner.chars[i].upper() + self.loud["mark"] for i in ids)
 
         def state(self):
             return {"_target_": "my_tokens.Shouting", "letters": self.letters, "loud": self.loud}
@@ -171,6 +174,16 @@ class LooksAhead(Model):
         return self.table(idx) + self.table(idx).mean(dim=1, keepdim=True)
 
 
+class LooksAside(Model):
+    def forward(self, idx):
+        return self.table(idx) + self.table(idx).mean(dim=0, keepdim=True)
+
+
+class NotANumber(Model):
+    def forward(self, idx):
+        return self.table(idx) * float("nan")
+
+
 class LastOnly(Model):
     def forward(self, idx):
         return self.table(idx)[:, -1]
@@ -191,7 +204,9 @@ class Forgetful(Model):
     ("model", "said"),
     [
         (LooksAhead, "looks ahead"),
-        (LastOnly, r"returned \(1, 5\)"),
+        (LooksAside, "with other sequences"),
+        (NotANumber, "not finite"),
+        (LastOnly, r"returned \(2, 5\)"),
         (WithLoss, "returned tuple"),
         (Forgetful, "block_size=4 as the attribute"),
     ],
@@ -200,3 +215,54 @@ def test_a_model_that_offers_too_little_is_refused(model, said):
     check_model(Model(), 5, 4)
     with pytest.raises(ValueError, match=said):
         check_model(model(), 5, 4)
+
+
+class Words:
+    """A tokenizer of three words; what is changed breaks it."""
+
+    vocab_size, start = 3, "a"
+
+    def __init__(self, **changed):
+        vars(self).update(changed)
+
+    def encode(self, text):
+        return np.array(["abc".index(word) for word in text.split()])
+
+    def decode(self, ids):
+        return " ".join("abc"[i] for i in ids)
+
+    def token_bytes(self):
+        return np.ones(3, dtype=int)
+
+    def state(self):
+        return {}
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"encode": lambda text: [0]}, "encode"),
+        ({"encode": lambda text: np.array([], dtype=int)}, "at least one"),
+        ({"decode": lambda ids: ids}, "decode"),
+        ({"token_bytes": lambda: [1, 1, 1]}, "token_bytes"),
+        ({"token_bytes": lambda: np.ones(2, dtype=int)}, "3 integers"),
+        ({"vocab_size": 2, "token_bytes": lambda: np.ones(2, dtype=int)}, "3 when made from its state"),
+    ],
+)
+def test_a_tokenizer_that_offers_too_little_is_refused(changed, said):
+    check_tokenizer(Words(), lambda state: Words())
+    with pytest.raises(ValueError, match=said):
+        check_tokenizer(Words(**changed), lambda state: Words())
+
+
+def test_samples_are_decoded_together():
+    """Token by token, words would lose their spaces, and bytes of one character become marks of damage."""
+
+    class Bytes:
+        def decode(self, ids):
+            return bytes(ids).decode("utf-8", errors="replace")
+
+    text = "日本é!".encode()
+    assert list(pieces(Bytes(), list(text[:3]), iter(text[3:]))) == ["本", "é", "!", ""]
+    assert "".join(pieces(Bytes(), [65], iter(text[:2]))) == "\ufffd"
+    assert "a" + "".join(pieces(Words(), [0], iter([1, 2]))) == "a b c"

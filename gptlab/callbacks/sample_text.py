@@ -54,7 +54,7 @@ class SampleText(L.Callback):
                     generator=generator,
                 )
             ]
-        text = self._start + trainer.datamodule.tokenizer.decode(new)
+        text = trainer.datamodule.tokenizer.decode([*self._ids.tolist(), *new])
         lines = [f"    {line}" for line in text.strip("\n").split("\n")]  # indented: Markdown leaves such text as it is
         log.info("\n%s\n", "\n".join(lines))
         for logger in trainer.loggers:

@@ -111,11 +111,11 @@ class WindowData(L.LightningDataModule):
       `data.name` names the run's folder.
     - `record`: plain values that say what the data is, `name` and `sha256` at least; they go into every file of a run,
       and a resume refuses data with another record. `resolved`: the config keys of `data`, existing ones, that
-      preparing it decided, for a resume: {} if none. `warning`: what the user must be told at the start and again at
+      preparing it decided, for a resume, such as a path made absolute: {} if none. `warning`: what the user must be told at the start and again at
       the end, or None.
     - `tokenizer`: `vocab_size`; `encode(text)` -> ids (n,), an integer array, ValueError for what it cannot encode;
-      `decode(ids)` -> str, of an iterable of int; `start`, the text that an empty prompt stands for; `token_bytes()`, the
-      bytes of text per token, (vocab_size,) integers; `state()`, a dict of plain JSON from which a checkpoint makes it
+      `decode(ids)` -> str, of an iterable of int, "\ufffd" for what is no whole character; `start`, the text that an empty prompt stands for; `token_bytes()`, the
+      bytes of text per token, an array (vocab_size,) of integers; `state()`, a dict of plain JSON from which a checkpoint makes it
       again: for a class of your own `{"_target_": "my_pkg.MyTokenizer", ...}` with its keyword arguments.
     """
 
@@ -145,10 +145,11 @@ class WindowData(L.LightningDataModule):
     def check_lengths(self, source: str | Path) -> None:
         """Raises ValueError unless both splits hold at least one window and only ids of the vocabulary."""
         self.checked = True
-        for split, ids in (("training", self.train_ids), ("validation", self.val_ids)):
+        for split, name in (("training", "train_ids"), ("validation", "val_ids")):
+            ids = getattr(self, name, None)
             if not (isinstance(ids, np.ndarray) and ids.ndim == 1 and ids.dtype.kind in "iu"):
                 what = f"{ids.dtype} {tuple(ids.shape)}" if hasattr(ids, "dtype") else type(ids).__name__
-                raise ValueError(f"{source}: the {split} ids must be a 1-D numpy array of integers, not {what}")
+                raise ValueError(f"{source}: {name} must be a 1-D numpy array of integers, not {what}")
             if len(ids) < self.block_size + 1:
                 raise ValueError(
                     f"{source}: the {split} split has {len(ids)} tokens, and data.block_size={self.block_size} needs "
