@@ -11,10 +11,7 @@ import torch
 from torch import nn
 
 from gptlab.config import GPTConfig
-from gptlab.model import GPT
 from gptlab.tokenizer import from_state
-
-GPT_TARGET = GPTConfig._target_
 
 
 def load(path: Path, device: str | torch.device = "cpu", *, trust: bool = False) -> tuple[nn.Module, Any, dict]:
@@ -28,10 +25,10 @@ def load(path: Path, device: str | torch.device = "cpu", *, trust: bool = False)
     """
     checkpoint = read(path)
     config, state = checkpoint["config"], checkpoint["tokenizer"]
-    foreign = [node["_target_"] for node in (config["model"], state) if node.get("_target_", GPT_TARGET) != GPT_TARGET]
+    foreign = foreign_classes(config["model"], state)
     if foreign and not trust:
         raise ValueError(
-            f"{path} needs {' and '.join(map(str, foreign))}, which is not gptlab's: building it runs that code. If you "
+            f"{path} needs {' and '.join(foreign)}, which is not gptlab's: building it runs that code. If you "
             "trust the code and whoever wrote the file, add trust=true"
         )
     prefix = "model."
@@ -47,6 +44,12 @@ def load(path: Path, device: str | torch.device = "cpu", *, trust: bool = False)
     if not all(torch.isfinite(parameter).all() for parameter in model.parameters()):
         raise ValueError(f"{path}: its weights are not finite; the run had diverged. Try an earlier checkpoint")
     return model.to(device).eval(), tokenizer, config
+
+
+def foreign_classes(model_config: dict[str, Any], tokenizer_state: dict[str, Any]) -> list[str]:
+    """The classes that a model and its tokenizer are built from and that are not gptlab's."""
+    model, tokenizer = model_config.get("_target_"), tokenizer_state.get("_target_")
+    return [str(target) for target in (model, tokenizer) if target not in (None, GPTConfig._target_)]
 
 
 def read(path: Path, *, mmap: bool = False) -> dict[str, Any]:
@@ -94,8 +97,6 @@ def build_tokenizer(state: dict[str, Any]) -> Any:
 
 
 def _build(key: str, target: str, arguments: dict[str, Any]) -> Any:
-    if target == GPT_TARGET:
-        return GPT(**arguments)
     try:
         module, _, name = target.rpartition(".")
         wanted = getattr(importlib.import_module(module), name)

@@ -177,7 +177,7 @@ def _nearest(error: Any, root: Any) -> str:
     known = f"; known here: {', '.join(siblings)}" if siblings else ""
     if place and not is_dataclass(node._metadata.object_type):
         known += f"; what its class takes beyond its YAML: +{error.full_key}=VALUE"
-    return known + (f"; for Lightning's Trainer: +trainer.extra.{name}=VALUE" if place == "trainer." else "")
+    return known + (f"; for Lightning's Trainer: trainer.extra.{name}=VALUE" if place == "trainer." else "")
 
 
 def _allowed(error: Any) -> str | None:

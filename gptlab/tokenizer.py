@@ -1,5 +1,6 @@
 """Text <-> token ids. A tokenizer's state is plain JSON, so that a checkpoint carries it."""
 
+import json
 import sys
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -100,6 +101,10 @@ def check_tokenizer(tokenizer: Any, build: Callable[[dict], Any]) -> None:
         raise ValueError(f"{name}: decode(ids) must be a str")
     if not (isinstance(sizes, np.ndarray) and sizes.shape == (tokenizer.vocab_size,) and sizes.dtype.kind in "iu"):
         raise ValueError(f"{name}: token_bytes() must be a numpy array of {tokenizer.vocab_size} integers")
+    try:
+        json.dumps(tokenizer.state())
+    except TypeError as error:
+        raise ValueError(f"{name}: state() must hold plain values: {error}") from None
     again = build(tokenizer.state())
     if again.vocab_size != tokenizer.vocab_size:
         raise ValueError(f"{name} has {tokenizer.vocab_size} tokens, and {again.vocab_size} when made from its state()")

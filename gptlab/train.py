@@ -25,10 +25,12 @@ def train(cfg: Any) -> float | None:
     run = Path(HydraConfig.get().runtime.output_dir)
     resuming = cfg.resume is not None
     config.check(cfg)
+    from gptlab import checkpoint
+
     quiet_lightning()
     settle_machine(cfg)
     ckpt = runs.newest_checkpoint(run) if resuming else None
-    saved = read_checkpoint(ckpt) if ckpt else {}
+    saved = checkpoint.read(ckpt, mmap=True) if ckpt else {}
     start_step = saved.get("global_step", 0)
     if saved and (finished := already_finished(run, cfg.trainer, saved)):
         return finished["best"].get("val/loss")
@@ -36,19 +38,19 @@ def train(cfg: Any) -> float | None:
     data = make_data(cfg, resuming)
     if saved:
         check_same_data(saved, data)
-    resolved = plain(cfg)
+    resolved, tokenizer = plain(cfg), data.tokenizer.state()
     module = make_module(resolved, data)
     trainer = make_trainer(cfg, run, data, resuming, start_step)
     if trainer.is_global_zero:
-        device, tokenizer = device_name(trainer), data.tokenizer.state()
+        device = device_name(trainer)
         runs.record(run, resolved, data.record, tokenizer, device, resumed_at=start_step if resuming else None)
         announce(run, data, module, trainer, resuming, start_step)
     fit(trainer, module, data, ckpt, run)
     summary = summarise(run, trainer, module, data, seconds=time.perf_counter() - started)
     if trainer.is_global_zero:
         runs.write_json(run / "summary.json", summary)
-        foreign = is_foreign(resolved) or "_target_" in data.tokenizer.state()
-        conclude(run, data, summary, start_step, foreign)
+        trust = bool(checkpoint.foreign_classes(resolved["model"], tokenizer))
+        conclude(run, data, summary, start_step, trust)
     return summary["best"].get("val/loss")
 
 
@@ -93,15 +95,11 @@ def quiet_lightning() -> None:
 
 
 def make_data(cfg: Any, resuming: bool) -> Any:
-    """The prepared data module; what preparing it decided goes into the config.
-
-    Raises:
-        ValueError: a user's own data set lacks what the training needs.
-    """
+    """The prepared data module; what preparing it decided goes into the config."""
     from hydra.utils import instantiate
 
-    from gptlab import checkpoint
-    from gptlab.data.windows import WindowData
+    from gptlab.checkpoint import build_tokenizer
+    from gptlab.data.windows import check_data
     from gptlab.tokenizer import CharTokenizer, check_tokenizer
 
     if resuming and cfg.data.get("fallback") is not None:
@@ -109,22 +107,9 @@ def make_data(cfg: Any, resuming: bool) -> Any:
     data = instantiate(cfg.data, seed=cfg.seed, _convert_="all")
     data.prepare_data()
     data.setup("fit")
-    needed = ("tokenizer", "record", "resolved", "warning", "block_size", "batch_size", "micro_batch_size")
-    if missing := [name for name in needed if not hasattr(data, name)]:
-        raise ValueError(
-            f"data._target_: {type(data).__name__} lacks {', '.join(missing)}; what a data set must offer is in the "
-            "docstring of gptlab.data.windows.WindowData"
-        )
-    if isinstance(data, WindowData) and not data.checked:
-        data.check_lengths(f"data={data.name}")
+    check_data(data)
     if not isinstance(data.tokenizer, CharTokenizer):
-        check_tokenizer(data.tokenizer, checkpoint.build_tokenizer)
-    try:
-        json.dumps([data.record, data.tokenizer.state()])
-    except TypeError as error:
-        raise ValueError(f"data._target_: record and the tokenizer's state() must be plain values: {error}") from None
-    if not {"name", "sha256"} <= data.record.keys():
-        raise ValueError(f"data._target_: record must have name and sha256, and has {', '.join(data.record)}")
+        check_tokenizer(data.tokenizer, build_tokenizer)
     for key, value in data.resolved.items():
         cfg.data[key] = value
     return data
@@ -140,12 +125,12 @@ def plain(cfg: Any) -> dict[str, Any]:
 def make_module(resolved: dict[str, Any], data: Any) -> Any:
     import lightning as L
 
-    from gptlab.checkpoint import build_model
+    from gptlab.checkpoint import build_model, foreign_classes
     from gptlab.module import GPTModule, check_model
 
     L.seed_everything(resolved["seed"], verbose=False)
     model = build_model(resolved["model"], data.tokenizer.vocab_size, data.block_size)
-    if is_foreign(resolved):
+    if foreign_classes(resolved["model"], {}):
         check_model(model, data.tokenizer.vocab_size, data.block_size)
     if resolved["model"].get("compile"):
         model.compile()  # in place: the parameters keep their names
@@ -190,7 +175,6 @@ def make_trainer(cfg: Any, run: Path, data: Any, resuming: bool, start_step: int
             precision=config.PRECISIONS[t.precision],
             max_steps=t.max_steps,
             max_epochs=-1,
-            max_time=None,  # the Timer's business
             val_check_interval=t.val_every,
             check_val_every_n_epoch=None,
             num_sanity_val_steps=-1,  # the whole validation at step 0
@@ -250,10 +234,10 @@ def describe(trainer: Any, resolved: dict[str, Any]) -> None:
     for logger in trainer.loggers:
         logger.log_hyperparams(resolved)
         if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
-            text = yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True)
-            logger.experiment.add_text("config", "    " + text.replace("\n", "\n    "))  # indented: Markdown for code
             from torch.utils.tensorboard.summary import hparams
 
+            text = yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True)
+            logger.experiment.add_text("config", "    " + text.replace("\n", "\n    "))  # indented: Markdown for code
             experiment, start, _end = hparams(hyper_parameters(resolved), dict.fromkeys(config.VALIDATED, 0.0))
             for summary in (experiment, start):
                 logger.experiment.file_writer.add_summary(summary)
@@ -271,13 +255,6 @@ def hyper_parameters(resolved: dict[str, Any]) -> dict[str, Any]:
         for key, value in values.items()
         if key not in of_no_effect and value is not None
     }
-
-
-def read_checkpoint(ckpt: Path) -> dict[str, Any]:
-    """What a checkpoint says of itself, without reading the tensors in it."""
-    from gptlab import checkpoint
-
-    return checkpoint.read(ckpt, mmap=True)
 
 
 def check_same_data(saved: dict[str, Any], data: Any) -> None:
@@ -388,11 +365,7 @@ def time_is_over(timer: Any) -> bool:
     return remaining is not None and remaining <= 0
 
 
-def is_foreign(resolved: dict[str, Any]) -> bool:
-    return resolved["model"]["_target_"] != config.GPTConfig._target_
-
-
-def conclude(run: Path, data: Any, summary: dict[str, Any], start_step: int, foreign: bool) -> None:
+def conclude(run: Path, data: Any, summary: dict[str, Any], start_step: int, trust: bool) -> None:
     best, place = summary["best"], shown(run)
     speed = f", {summary['tokens_per_s']:,.0f} tokens/s while training" if summary["tokens_per_s"] else ""
     if summary["why"]:
@@ -407,7 +380,7 @@ def conclude(run: Path, data: Any, summary: dict[str, Any], start_step: int, for
     commands = []
     if summary["checkpoint"]:
         longer = {"max_steps": f"trainer.max_steps={2 * summary['steps']}", "max_time": "trainer.max_time=null"}
-        commands += [f"python -m gptlab.sample ckpt={place}{' trust=true' * foreign}"]
+        commands += [f"python -m gptlab.sample ckpt={place}{' trust=true' * trust}"]
         commands += [f"{resume_command(run)} {longer[summary['ended']]}"] if summary["ended"] in longer else []
     if (run / "tensorboard").is_dir():
         commands += [f"tensorboard --logdir {place}"]
@@ -420,8 +393,11 @@ def resume_command(run: Path) -> str:
 
 
 def saved_so_far(run: Path) -> str:
-    ckpt = runs.newest_checkpoint(run)
-    return f"the last checkpoint is of step {read_checkpoint(ckpt)['global_step']}" if ckpt else "nothing was saved yet"
+    from gptlab import checkpoint
+
+    if ckpt := runs.newest_checkpoint(run):
+        return f"the last checkpoint is of step {checkpoint.read(ckpt, mmap=True)['global_step']}"
+    return "nothing was saved yet"
 
 
 def shown(path: Path) -> str:

@@ -82,3 +82,16 @@ def test_schemas_are_what_the_classes_take():
 
     assert names(GPTConfig) - {"compile"} == arguments(GPT) - {"vocab_size", "block_size"}
     assert names(CharConfig) == arguments(WindowData, CharData) - {"seed"}
+
+
+def test_what_lightning_is_told_is_what_extra_may_not_say():
+    """NOT_EXTRA is checked before Lightning is imported, so it repeats the names; here they are held together."""
+    import ast
+    import inspect
+    import textwrap
+
+    from gptlab import config, train
+
+    tree = ast.parse(textwrap.dedent(inspect.getsource(train.make_trainer)))
+    (call,) = [n for n in ast.walk(tree) if isinstance(n, ast.Call) and ast.unparse(n.func) == "L.Trainer"]
+    assert {keyword.arg for keyword in call.keywords} - {None} | {"max_time"} == set(config.NOT_EXTRA)

@@ -174,7 +174,7 @@ def test_every_key_given_a_wrong_type(mistake, experiment, way):
         (["name=\udcff"], "not UTF-8"),
         (["trainer.max_steps=50"], "add optim.warmup_steps=5"),
         (["trainer.accelerator=foo"], "trainer.accelerator=foo: it must be one of cpu, gpu"),
-        (["trainer.limit_val_batches=2"], "+trainer.extra.limit_val_batches"),
+        (["trainer.limit_val_batches=2"], "for Lightning's Trainer: trainer.extra.limit_val_batches=VALUE"),
         (["debug=profile", "trainer.max_steps=10"], "add trainer.max_steps=15"),
         (["data.val_windows=1", "trainer.devices=2"], "data.val_windows=1: it must be at least the number of processes"),
         (["data=text"], "data.path is missing"),

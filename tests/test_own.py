@@ -8,9 +8,10 @@ import pytest
 import torch
 import yaml
 
+from gptlab.data.windows import WindowData, check_data
 from gptlab.module import check_model
 from gptlab.sample import pieces
-from gptlab.tokenizer import check_tokenizer
+from gptlab.tokenizer import CharTokenizer, check_tokenizer
 
 TINY = ["hardware=cpu", "trainer.max_steps=4", "trainer.val_every=2", "trainer.log_every=1", "optim.warmup_steps=1",
         "optim.decay_steps=20", "callbacks.sample_text.max_new_tokens=5"]  # fmt: skip
@@ -246,6 +247,7 @@ class Words:
         ({"decode": lambda ids: ids}, "decode"),
         ({"token_bytes": lambda: [1, 1, 1]}, "token_bytes"),
         ({"token_bytes": lambda: np.ones(2, dtype=int)}, "3 integers"),
+        ({"state": lambda: {"letters": np.arange(3)}}, "plain values"),
         ({"vocab_size": 2, "token_bytes": lambda: np.ones(2, dtype=int)}, "3 when made from its state"),
     ],
 )
@@ -266,3 +268,30 @@ def test_samples_are_decoded_together():
     assert list(pieces(Bytes(), list(text[:3]), iter(text[3:]))) == ["本", "é", "!", ""]
     assert "".join(pieces(Bytes(), [65], iter(text[:2]))) == "\ufffd"
     assert "a" + "".join(pieces(Words(), [0], iter([1, 2]))) == "a b c"
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"record": None}, "lacks record"),
+        ({"record": {"name": "x"}}, "name and sha256"),
+        ({"record": {"name": "x", "sha256": np.int64(1)}}, "plain values"),
+        ({"train_ids": [1, 2, 3]}, "train_ids must be a 1-D numpy array of integers, not list"),
+        ({"val_ids": None}, "val_ids must be a 1-D numpy array"),
+        ({"val_ids": np.full(9, -1)}, "token id -1"),
+    ],
+)
+def test_data_that_offer_too_little_are_refused(changed, said):
+    """A None takes the attribute away: one that `setup` forgot."""
+
+    def data(**changed):
+        made = WindowData(seed=1, name="x", block_size=2, batch_size=1)
+        made.tokenizer, made.record = CharTokenizer("abc"), {"name": "x", "sha256": "0"}
+        made.train_ids = made.val_ids = np.arange(9) % 3
+        for name, value in changed.items():
+            delattr(made, name) if value is None else setattr(made, name, value)
+        return made
+
+    check_data(data())
+    with pytest.raises(ValueError, match=said):
+        check_data(data(**changed))
