@@ -1,6 +1,7 @@
 """Every mistake in a config is one short text that names the key and what was meant, before anything is loaded."""
 
 import difflib
+import math
 import subprocess
 import sys
 import time
@@ -33,11 +34,19 @@ def mistake(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
 
     def lines(*arguments: str, entry: str = "train") -> list[str]:
-        GlobalHydra.instance().clear()
-        monkeypatch.setattr(sys, "argv", [entry, *arguments])
         monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
-        with pytest.raises(SystemExit) as stopped:
-            cli.main(lambda cfg: config.check(cfg), entry)
+        fastest = math.inf
+        for _ in range(3):  # another test on this core may take one try its time
+            with pytest.raises(SystemExit) as stopped:
+                GlobalHydra.instance().clear()
+                monkeypatch.setattr(sys, "argv", [entry, *arguments])
+                capsys.readouterr()
+                started = time.perf_counter()
+                cli.main(lambda cfg: config.check(cfg), entry)
+            fastest = min(fastest, time.perf_counter() - started)
+            if fastest < 0.7:  # and 0.2 for the interpreter
+                break
+        assert fastest < 0.7, (arguments, fastest)
         said = capsys.readouterr().err
         assert stopped.value.code == 2 and said.startswith("\nerror: ") and "Traceback" not in said, said
         return said.strip("\n").split("\n")
