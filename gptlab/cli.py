@@ -28,7 +28,7 @@ FLAGS = (*VALUE_FLAGS, "--help", "-h", "--hydra-help", "--version", "--resolve",
          "--shell-completion", "-sc")  # fmt: skip
 # Free text, which Hydra's grammar would trip over: taken word for word, except in sweeps.
 TEXT_KEYS = ("prompt", "prompt_file", "ckpt", "data.path", "data.val_path", "data.folder",
-             "callbacks.sample_text.prompt")  # fmt: skip
+             "path", "out", "callbacks.sample_text.prompt")  # fmt: skip
 RESUME_MAY_CHANGE = ("trainer.", "data.workers", "data.micro_batch_size")
 
 hardware_note = ""  # which hardware was chosen and why, for the log

@@ -14,6 +14,7 @@ from typing import Any
 
 MISSING: Any = "???"  # OmegaConf's mark of a value that must be given
 VALIDATED = ("val/loss", "val/perplexity", "val/bits_per_byte")  # what each validation measures
+PROBLEMS = ("gptlab.data.problems.AdditionData", "gptlab.data.problems.SortData")  # the data with a val/accuracy
 PRECISIONS = {"32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}  # ours -> Lightning's
 
 # What numbers and choices may be, by config key; null is for the types to refuse.
@@ -23,6 +24,10 @@ AT_LEAST = {
     **dict.fromkeys(["trainer.devices", "trainer.num_nodes"], 1),
     **dict.fromkeys([f"data.{key}" for key in ("block_size", "batch_size", "micro_batch_size", "val_windows")], 1),
     "data.workers": 0,
+    "data.ndigit": 1,
+    "data.length": 2,
+    "data.n_symbols": 2,
+    "callbacks.exact_match.show": 0,
     **dict.fromkeys(
         [f"optim.{key}" for key in ("min_lr", "warmup_steps", "decay_steps", "weight_decay", "grad_clip")], 0
     ),
@@ -44,11 +49,17 @@ NOT_EXTRA = ("accelerator", "devices", "num_nodes", "strategy", "precision", "ma
              "val_check_interval", "check_val_every_n_epoch", "num_sanity_val_steps", "logger", "log_every_n_steps",
              "callbacks", "enable_checkpointing", "plugins", "use_distributed_sampler", "default_root_dir",
              "enable_progress_bar", "enable_model_summary")  # fmt: skip
-BELOW = {"seed": 2**32, "callbacks.ema.decay": 1}  # numpy's legacy generator takes no larger seed
+BELOW = {
+    "seed": 2**32,  # numpy's legacy generator takes no larger one
+    "callbacks.ema.decay": 1,
+    "data.ndigit": 101,  # far more than any model here adds
+    "data.length": 257,
+    "data.n_symbols": 63,  # digits and letters
+}
 ONE_OF = {
     "trainer.precision": ("auto", *PRECISIONS),
     "optim.schedule": ("cosine", "constant"),
-    "callbacks.early_stopping.monitor": VALIDATED,
+    "callbacks.early_stopping.monitor": (*VALIDATED, "val/accuracy"),
     "trainer.accelerator": ("cpu", "gpu", "cuda", "mps"),
 }
 
@@ -79,18 +90,49 @@ class WindowsConfig:
     batch_size: int = MISSING  # sequences per optimizer step, over all processes
     micro_batch_size: int | None = None  # sequences per forward pass in one process; null: its whole share
     val_windows: int | None = None  # validate on the first so many windows; null: on all
-    workers: int = 0  # processes that prepare batches
+    workers: int | None = None  # processes that prepare batches; null: none on a CPU, two with an accelerator
 
 
 @dataclass
-class CharConfig(WindowsConfig):
-    _target_: str = "gptlab.data.char.CharData"
+class TextConfig(WindowsConfig):
+    _target_: str = "gptlab.data.text.TextData"
     path: str | None = None  # a text file, a glob, or a folder of .txt files
     val_path: str | None = None  # the same for validation; null: the last 10 % of the text
     url: str | None = None  # where to download it from otherwise
     sha256: str | None = None  # of that file
     fallback: str | None = None  # python_docs: train on that text if there is no file and no network; null: an error
     folder: str | None = None  # of downloads; null: $GPTLAB_DATA, or ~/.cache/gptlab
+    tokenizer: str = "char"  # or gpt2, or bpe: learned from the text
+    vocab_size: int | None = None  # for bpe
+
+
+@dataclass
+class MemmapConfig(WindowsConfig):
+    _target_: str = "gptlab.data.memmap.MemmapData"
+    path: str | None = None  # a folder with train.bin and val.bin; null: where prepare_openwebtext.py puts it
+    tokenizer: str | None = None  # gpt2, where there is no meta.json that says it
+
+
+@dataclass
+class PythonStdlibConfig(WindowsConfig):
+    _target_: str = "gptlab.data.memmap.PythonStdlibData"
+    vocab_size: int = MISSING
+    folder: str | None = None  # for what is made; null: $GPTLAB_DATA, or ~/.cache/gptlab
+
+
+@dataclass
+class AdditionConfig(WindowsConfig):
+    _target_: str = PROBLEMS[0]
+    block_size: int | None = None  # follows
+    ndigit: int = MISSING
+
+
+@dataclass
+class SortConfig(WindowsConfig):
+    _target_: str = PROBLEMS[1]
+    block_size: int | None = None  # follows
+    length: int = MISSING  # symbols to be sorted
+    n_symbols: int = MISSING  # out of so many
 
 
 @dataclass
@@ -132,6 +174,12 @@ class SampleTextConfig:
     max_new_tokens: int = MISSING
     temperature: float = MISSING
     top_k: int | None = None
+
+
+@dataclass
+class ExactMatchConfig:
+    _target_: str = "gptlab.callbacks.exact_match.ExactMatch"
+    show: int = MISSING  # mistakes to print
 
 
 @dataclass
@@ -221,12 +269,34 @@ class SampleConfig:
     trust: bool = False  # build classes that the checkpoint names and gptlab does not define
 
 
+@dataclass
+class PrepareConfig:
+    out: str | None = None
+    path: str | None = None
+    hub: str = MISSING
+    hub_config: str | None = None
+    hub_split: str = MISSING
+    text_key: str = MISSING
+    tokenizer: str = MISSING
+    vocab_size: int | None = None
+    val_share: float = MISSING
+    split_seed: int = MISSING
+    processes: int | None = None
+
+
+ENTRIES = {"train": TrainConfig, "sample": SampleConfig, "prepare": PrepareConfig}
+
 # The schemas that YAML files pull in, as /hydra/schema/NAME@_here_: in a group of Hydra, --help does not list them.
 SCHEMAS = {
     "gpt": GPTConfig,
-    "char": CharConfig,
+    "text": TextConfig,
+    "memmap": MemmapConfig,
+    "python_stdlib": PythonStdlibConfig,
+    "addition": AdditionConfig,
+    "sort": SortConfig,
     "progress": ProgressConfig,
     "sample_text": SampleTextConfig,
+    "exact_match": ExactMatchConfig,
     "throughput": ThroughputConfig,
     "checkpointing": CheckpointingConfig,
     "early_stopping": EarlyStoppingConfig,
@@ -243,8 +313,8 @@ def register() -> None:
     from hydra.core.config_store import ConfigStore
 
     store = ConfigStore.instance()
-    store.store(name="train_schema", node=TrainConfig)
-    store.store(name="sample_schema", node=SampleConfig)
+    for name, node in ENTRIES.items():
+        store.store(name=f"{name}_schema", node=node)
     for name, node in SCHEMAS.items():
         store.store(group="hydra/schema", name=name, node=node)
 
@@ -258,7 +328,7 @@ def typed(cfg: Any, entry: str) -> Any:
     """
     from omegaconf import DictConfig, OmegaConf
 
-    root = OmegaConf.structured({"train": TrainConfig, "sample": SampleConfig}[entry])
+    root = OmegaConf.structured(ENTRIES[entry])
     result = OmegaConf.merge(root, OmegaConf.to_container(cfg))  # plain, or a key added to a typed node would pass
     schemas = {schema._target_: schema for schema in SCHEMAS.values()}
     for key in ("model", "data", "logger", *(f"callbacks.{name}" for name in cfg.get("callbacks") or ())):
@@ -278,7 +348,7 @@ def check(cfg: Any) -> None:
     """
     model = {key: value for key, value in cfg.model.items() if key not in ("_target_", "compile")}
     of_model = model_problems(**model) if cfg.model.get("_target_") == GPTConfig._target_ else []
-    found = (_target_problems(cfg), of_model, value_problems(cfg), _cross_problems(cfg), _text_problems(cfg.data))
+    found = (_target_problems(cfg), of_model, value_problems(cfg), _cross_problems(cfg), _data_problems(cfg.data))
     if problems := [problem for problems in found for problem in problems]:
         raise ValueError("\n".join(problems))
 
@@ -382,11 +452,44 @@ def _cross_problems(cfg: Any) -> Iterator[str]:
         )
 
 
+def prepare_problems(cfg: Any) -> Iterator[str]:
+    """What is wrong with a config of scripts/prepare_openwebtext.py."""
+    if cfg.tokenizer not in ("gpt2", "bpe"):
+        yield f"tokenizer={cfg.tokenizer}: it must be gpt2 or bpe"
+    elif (cfg.vocab_size is None) == (cfg.tokenizer == "bpe"):
+        yield f"vocab_size={cfg.vocab_size}: it goes with tokenizer=bpe, and that needs it, such as vocab_size=8192"
+    if not 0 < cfg.val_share < 1:
+        yield f"val_share={cfg.val_share}: it must be above 0 and below 1"
+    for key, least in (("split_seed", 0), ("processes", 1)):
+        if cfg[key] is not None and cfg[key] < least:
+            yield f"{key}={cfg[key]}: it must be at least {least}"
+
+
+def _data_problems(data: Any) -> Iterator[str]:
+    """What can be said of gptlab's own data sets without reading the data."""
+    target = data.get("_target_")
+    if target == TextConfig._target_:
+        yield from _text_problems(data)
+    elif target == MemmapConfig._target_:
+        from gptlab.data.corpora import token_files
+
+        if data.tokenizer not in (None, "gpt2"):
+            yield f"data.tokenizer={data.tokenizer}: it must be gpt2, or null where meta.json says what it is"
+        try:
+            token_files(data.path)
+        except FileNotFoundError as error:
+            yield str(error)
+
+
 def _text_problems(data: Any) -> Iterator[str]:
-    if data.get("_target_") != CharConfig._target_:
-        return
     from gptlab.data.corpora import PYTHON_DOCS, text_files
 
+    if data.tokenizer not in ("char", "gpt2", "bpe"):
+        yield f"data.tokenizer={data.tokenizer}: it must be char, gpt2 or bpe"
+    if data.tokenizer == "bpe" and data.vocab_size is None:
+        yield "data.tokenizer=bpe needs data.vocab_size, such as data.vocab_size=1024"
+    elif data.tokenizer != "bpe" and data.vocab_size is not None:
+        yield f"data.vocab_size={data.vocab_size} is for data.tokenizer=bpe; that of {data.tokenizer} follows by itself"
     own = data.url is None and data.name != PYTHON_DOCS
     for key in ("path", "val_path"):
         try:

@@ -125,6 +125,7 @@ class GPTModule(L.LightningModule):
         # clipped steps, steps. The mean over the processes is what is logged, and what a checkpoint keeps.
         self.register_buffer("interval", torch.zeros(4), persistent=False)
         self.val_metrics = TokenMetrics()
+        self.measured: dict[str, float] = {}  # what callbacks measure in a validation, to be logged with its loss
         self.logged: dict[str, float] = {}  # the newest value of every metric
         self.validated: dict[str, float] = {}  # step and val/... of the newest validation
         self.best: dict[str, float] = {}  # and of the one with the lowest loss after a training step
@@ -235,7 +236,7 @@ class GPTModule(L.LightningModule):
         self.val_metrics.update(self.nats(ids, mask), counted.sum(), text_bytes)
 
     def on_validation_epoch_end(self) -> None:
-        metrics = {f"val/{name}": value for name, value in self.val_metrics.compute().items()}
+        metrics = {f"val/{name}": value for name, value in self.val_metrics.compute().items()} | self.measured
         self.val_metrics.reset()
         self.validated = {"step": self.trainer.global_step, **metrics}
         best = self.best.get("val/loss", math.nan)

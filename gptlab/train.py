@@ -78,6 +78,8 @@ def settle_machine(cfg: Any) -> None:
         cfg.trainer.precision = (
             ("bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16") if cuda else "32"
         )
+    if cfg.data.get("workers", 0) is None:
+        cfg.data.workers = 2 if on_gpu else 0
     if on_gpu:
         torch.set_float32_matmul_precision("high")  # TF32 for what is left in 32 bits, as nanoGPT
 

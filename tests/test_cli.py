@@ -67,8 +67,10 @@ def test_schemas_are_what_the_classes_take():
     import inspect
     from dataclasses import fields
 
-    from gptlab.config import CharConfig, GPTConfig
-    from gptlab.data.char import CharData
+    from gptlab import config
+    from gptlab.config import GPTConfig
+    from gptlab.data import memmap, problems
+    from gptlab.data.text import TextData
     from gptlab.data.windows import WindowData
     from gptlab.model import GPT
 
@@ -81,7 +83,12 @@ def test_schemas_are_what_the_classes_take():
         }
 
     assert names(GPTConfig) - {"compile"} == arguments(GPT) - {"vocab_size", "block_size"}
-    assert names(CharConfig) == arguments(WindowData, CharData) - {"seed"}
+    base = arguments(WindowData) - {"seed"}
+    assert names(config.TextConfig) == base | arguments(TextData)
+    assert names(config.MemmapConfig) == base | arguments(memmap.MemmapData)
+    assert names(config.PythonStdlibConfig) == base | arguments(memmap.PythonStdlibData)
+    assert names(config.AdditionConfig) == base | arguments(problems.AdditionData)
+    assert names(config.SortConfig) == base | arguments(problems.SortData)
 
 
 def test_what_lightning_is_told_is_what_extra_may_not_say():

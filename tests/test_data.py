@@ -14,14 +14,14 @@ import pytest
 from conftest import TINY
 
 from gptlab.data import corpora
-from gptlab.data.char import CharData
 from gptlab.data.corpora import TextFiles, data_folder, download, from_anywhere, python_docs, text_files
+from gptlab.data.text import TextData
 
 TEXT = "To be, or not to be: that is the question.\n" * 20
 SHA256 = hashlib.sha256(TEXT.encode()).hexdigest()
 
 
-def char_data(**changes) -> CharData:
+def char_data(**changes) -> TextData:
     defaults = {
         "seed": 1,
         "name": "a_text",
@@ -31,7 +31,7 @@ def char_data(**changes) -> CharData:
         "val_windows": None,
         "workers": 0,
     }
-    data = CharData(**{**defaults, **changes})
+    data = TextData(**{**defaults, **changes})
     data.prepare_data()
     data.setup("fit")
     return data
@@ -423,7 +423,7 @@ def test_validation_texts_that_cannot_be_used(tmp_path, monkeypatch, val_texts, 
 def test_known_texts_keep_their_split(changes):
     """Under one name, losses must be comparable."""
     with pytest.raises(ValueError, match=r"data.val_path=v.txt.*data=text data.path=\w+ data.val_path=v.txt"):
-        CharData(**{"seed": 1, "name": "a_text", "block_size": 8, "batch_size": 4, **changes}, val_path="v.txt")
+        TextData(**{"seed": 1, "name": "a_text", "block_size": 8, "batch_size": 4, **changes}, val_path="v.txt")
 
 
 @pytest.mark.parametrize(

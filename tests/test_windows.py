@@ -5,11 +5,16 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from gptlab.data.windows import StepsFrom, TrainSteps, ValBatches, share, window_starts
+from gptlab.data.windows import Ids, StepsFrom, TrainSteps, ValBatches, share, window_starts
+
+
+def numbers(tokens):
+    """Ids that say where they stand."""
+    return Ids(np.arange(tokens, dtype=np.uint16), vocab_size=tokens)
 
 
 def steps(world_size=1, rank=0, batch_size=12, seed=5, tokens=1000, block_size=8):
-    return TrainSteps(np.arange(tokens, dtype=np.uint16), block_size, batch_size, seed, rank, world_size)
+    return TrainSteps(numbers(tokens), block_size, batch_size, seed, rank, world_size)
 
 
 def test_a_start_depends_on_seed_and_index_alone():
@@ -62,7 +67,7 @@ def test_share_is_contiguous_and_even():
 def test_validation_predicts_each_token_but_the_first_once(tokens, world_size):
     targets = []
     for rank in range(world_size):
-        batches = ValBatches(np.arange(tokens, dtype=np.uint16), 8, None, 3, rank, world_size)
+        batches = ValBatches(numbers(tokens), 8, None, 3, rank, world_size)
         for ids, mask in (batches[k] for k in range(len(batches))):
             assert ids.shape[1] == 9 and ids.shape == mask.shape
             targets += ids[:, 1:][mask[:, 1:]].tolist()
@@ -71,10 +76,10 @@ def test_validation_predicts_each_token_but_the_first_once(tokens, world_size):
 
 def test_more_processes_than_validation_windows():
     with pytest.raises(ValueError, match=r"data.val_windows.*trainer.devices"):
-        ValBatches(np.arange(100, dtype=np.uint16), 8, 2, 3, 0, 3)
+        ValBatches(numbers(100), 8, 2, 3, 0, 3)
 
 
 def test_validation_on_the_first_windows():
-    batches = ValBatches(np.arange(100, dtype=np.uint16), 8, 5, 3, 0, 1)
+    batches = ValBatches(numbers(100), 8, 5, 3, 0, 1)
     targets = [t for k in range(len(batches)) for t in batches[k][0][:, 1:].flatten().tolist()]
     assert targets == list(range(1, 41))

@@ -8,6 +8,10 @@ from lightning.pytorch.callbacks.early_stopping import EarlyStoppingReason
 class EarlyStopping(callbacks.EarlyStopping):
     """Lightning's, and a run that was killed between its end and its summary stays ended when it is resumed."""
 
+    def __init__(self, monitor: str, patience: int, min_delta: float) -> None:
+        mode = "max" if monitor == "val/accuracy" else "min"
+        super().__init__(monitor=monitor, patience=patience, min_delta=min_delta, mode=mode)
+
     @property
     def why(self) -> str | None:
         """Why the run was ended; None if it was not."""

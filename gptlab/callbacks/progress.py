@@ -44,14 +44,11 @@ class Progress(L.Callback):
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.is_global_zero:
             v = pl_module.validated
-            width = len(str(trainer.max_steps))
-            log.info(
-                "step %*d: validation loss %.4f, %.4f bits per byte",
-                width,
-                v["step"],
-                v["val/loss"],
-                v["val/bits_per_byte"],
-            )
+            text = f"step {v['step']:{len(str(trainer.max_steps))}d}: validation loss {v['val/loss']:.4f}"
+            if "val/accuracy" in v:
+                log.info("%s, %.2f %% answered exactly", text, 100 * v["val/accuracy"])
+            else:
+                log.info("%s, %.4f bits per byte", text, v["val/bits_per_byte"])
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._close()

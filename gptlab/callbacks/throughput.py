@@ -6,6 +6,8 @@ import time
 import lightning as L
 import torch
 
+from gptlab.data.windows import TimedLoader
+
 # Dense peak of bf16 and fp16 matrix products, FLOP/s per device, from the vendors' data sheets.
 PEAK_FLOPS = {
     "H200": 989e12,
@@ -22,12 +24,14 @@ PEAK_FLOPS = {
 
 class Throughput(L.Callback):
     """Logs train/tokens_per_s and, where the device's peak is known, train/mfu (model FLOPs utilisation, PaLM,
-    Chowdhery et al. 2022). The clock runs over training steps and stands still during validation and sampling."""
+    Chowdhery et al. 2022). The clock runs over training steps and stands still during validation and sampling.
+    train/data_wait is the share of that time in which training waited for the next batch."""
 
     def __init__(self) -> None:
         self.tokens = self.seconds = 0.0  # of the whole process
-        self._interval_tokens = self._interval_seconds = 0.0
+        self._interval_tokens = self._interval_seconds = self._interval_waited = 0.0
         self._since: float | None = None
+        self._waited_before = 0.0
 
     @property
     def tokens_per_s(self) -> float | None:
@@ -40,32 +44,38 @@ class Throughput(L.Callback):
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch, batch_idx: int) -> None:
         if self._since is None:
-            self._since = time.perf_counter()
+            self._start_clock(trainer)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs, batch, batch_idx: int
     ) -> None:
         self._interval_tokens += trainer.datamodule.batch_size * trainer.datamodule.block_size
         if trainer.global_step % pl_module.log_every == 0 or trainer.should_stop:
-            self._stop_clock(pl_module.device)
-            self._since = time.perf_counter()
+            self._stop_clock(trainer, pl_module.device)
+            self._start_clock(trainer)
             speed = self._interval_tokens / self._interval_seconds
+            metrics = {"train/tokens_per_s": speed}
+            if isinstance(trainer.train_dataloader, TimedLoader):
+                metrics["train/data_wait"] = self._interval_waited / self._interval_seconds
             self.tokens += self._interval_tokens
             self.seconds += self._interval_seconds
-            self._interval_tokens = self._interval_seconds = 0.0
-            metrics = {"train/tokens_per_s": speed}
+            self._interval_tokens = self._interval_seconds = self._interval_waited = 0.0
             if self._mfu_per_token:
                 metrics["train/mfu"] = speed * self._mfu_per_token
             pl_module.log_metrics(metrics)
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self._since is not None:
-            self._stop_clock(pl_module.device)
+            self._stop_clock(trainer, pl_module.device)
 
-    def _stop_clock(self, device: torch.device) -> None:
+    def _start_clock(self, trainer: L.Trainer) -> None:
+        self._since, self._waited_before = time.perf_counter(), getattr(trainer.train_dataloader, "waited", 0.0)
+
+    def _stop_clock(self, trainer: L.Trainer, device: torch.device) -> None:
         if device.type != "cpu":
             torch.accelerator.synchronize(device)
         self._interval_seconds += time.perf_counter() - self._since
+        self._interval_waited += getattr(trainer.train_dataloader, "waited", 0.0) - self._waited_before
         self._since = None
 
 

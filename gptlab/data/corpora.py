@@ -180,6 +180,25 @@ def python_docs() -> str:
     return "\n".join(topics[name] for name in sorted(topics))
 
 
+def token_files(path: str | None) -> Path:
+    """The folder that data.path names, else the one that scripts/prepare_openwebtext.py fills unless told otherwise.
+
+    Raises:
+        FileNotFoundError: it does not hold both token files.
+    """
+    folder = Path(path).expanduser() if path else data_folder(None) / "openwebtext"
+    missing = [name for name in ("train.bin", "val.bin") if not (folder / name).is_file()]
+    if not missing:
+        return folder
+    given = f"data.path={path}" if path else f"data.path is not given, and {folder}"
+    if (folder / ".partial").is_dir():
+        raise FileNotFoundError(f"{given}: its preparation has not come to its end; give the same command again")
+    raise FileNotFoundError(
+        f"{given} holds no {' and no '.join(missing)}; prepare OpenWebText or documents of your own with "
+        f"python scripts/prepare_openwebtext.py out={path or folder}"
+    )
+
+
 def data_folder(folder: str | None) -> Path:
     """`data.folder`, else $GPTLAB_DATA, else ~/.cache/gptlab."""
     return Path(folder or os.environ.get("GPTLAB_DATA") or "~/.cache/gptlab").expanduser()

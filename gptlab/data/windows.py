@@ -6,6 +6,7 @@ neither on the number of processes or workers nor on where a run was interrupted
 """
 
 import json
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -32,12 +33,36 @@ def share(total: int, rank: int, world_size: int) -> range:
     return range(total * rank // world_size, total * (rank + 1) // world_size)
 
 
+class Ids:
+    """A sequence of token ids, in memory or in a file, of which windows are read: (b, T + 1) positions at a time."""
+
+    def __init__(self, ids: np.ndarray, vocab_size: int) -> None:
+        self.ids, self.vocab_size = ids, vocab_size
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, positions: np.ndarray) -> np.ndarray:
+        """As int64.
+
+        Raises:
+            ValueError: an id outside the vocabulary, which a GPU would notice only by crashing. A large file is not
+                read whole before training (see `id_range`), and files can break.
+        """
+        ids = self.ids[positions].astype(np.int64)
+        if ids.min() < 0 or ids.max() >= self.vocab_size:
+            wrong = (ids < 0) | (ids >= self.vocab_size)
+            raise ValueError(
+                f"token {positions[wrong][0]:,} of the data is {ids[wrong][0]}, outside the vocabulary of "
+                f"{self.vocab_size}: the file is damaged or was made with another tokenizer; prepare it anew"
+            )
+        return ids
+
+
 class TrainSteps(Dataset):
     """Item s: one process's share of the sequences of optimizer step s, (b, T + 1) int64."""
 
-    def __init__(
-        self, ids: np.ndarray, block_size: int, batch_size: int, seed: int, rank: int, world_size: int
-    ) -> None:
+    def __init__(self, ids: Ids, block_size: int, batch_size: int, seed: int, rank: int, world_size: int) -> None:
         self.ids, self.seed, self.batch_size = ids, seed, batch_size
         self.offsets = np.arange(block_size + 1)
         self.share = share(batch_size, rank, world_size)
@@ -45,7 +70,7 @@ class TrainSteps(Dataset):
     def __getitem__(self, step: int) -> Tensor:
         first = step * self.batch_size + self.share.start
         starts = window_starts(self.seed, first, len(self.share), len(self.ids) - len(self.offsets) + 1)
-        return torch.from_numpy(self.ids[starts[:, None] + self.offsets].astype(np.int64))
+        return torch.from_numpy(self.ids[starts[:, None] + self.offsets])
 
 
 class StepsFrom(Sampler[int]):
@@ -68,16 +93,10 @@ class ValBatches(Dataset):
     """
 
     def __init__(
-        self, ids: np.ndarray, block_size: int, windows: int | None, batch_size: int, rank: int, world_size: int
+        self, ids: Ids, block_size: int, windows: int | None, batch_size: int, rank: int, world_size: int
     ) -> None:
-        total = -(-(len(ids) - 1) // block_size)
-        if min(total, windows or total) < world_size:
-            raise ValueError(
-                f"validation has {min(total, windows or total)} windows of data.block_size={block_size} for {world_size} "
-                "processes: each needs one; raise data.val_windows, or lower trainer.devices"
-            )
         self.ids, self.block_size, self.batch_size = ids, block_size, batch_size
-        self.windows = share(min(total, windows or total), rank, world_size)
+        self.windows = validated_share(-(-(len(ids) - 1) // block_size), windows, rank, world_size)
 
     def __len__(self) -> int:
         return -(-len(self.windows) // self.batch_size)
@@ -86,8 +105,38 @@ class ValBatches(Dataset):
         windows = self.windows[k * self.batch_size : (k + 1) * self.batch_size]
         at = np.asarray(windows)[:, None] * self.block_size + np.arange(self.block_size + 1)
         mask = at < len(self.ids)
-        ids = self.ids[np.where(mask, at, 0)].astype(np.int64)
-        return torch.from_numpy(ids), torch.from_numpy(mask)
+        return torch.from_numpy(self.ids[np.where(mask, at, 0)]), torch.from_numpy(mask)
+
+
+def validated_share(total: int, val_windows: int | None, rank: int, world_size: int) -> range:
+    """One process's part of the first `val_windows` of all validation windows.
+
+    Raises:
+        ValueError: too few for the processes.
+    """
+    total = min(total, val_windows or total)
+    if total < world_size:
+        raise ValueError(
+            f"validation has {total} windows for {world_size} processes, and each needs one: raise data.val_windows, "
+            "lower data.block_size, or lower trainer.devices"
+        )
+    return share(total, rank, world_size)
+
+
+class TimedLoader(DataLoader):
+    """Counts the seconds for which it was waited for, in `waited`."""
+
+    waited = 0.0
+
+    def __iter__(self) -> Iterator[Any]:
+        batches = super().__iter__()
+        while True:
+            asked = time.perf_counter()
+            batch = next(batches, None)
+            self.waited += time.perf_counter() - asked
+            if batch is None:
+                return
+            yield batch
 
 
 class WindowData(L.LightningDataModule):
@@ -134,11 +183,11 @@ class WindowData(L.LightningDataModule):
         batch_size: int,
         micro_batch_size: int | None = None,
         val_windows: int | None = None,
-        workers: int = 0,
+        workers: int | None = None,
     ) -> None:
         super().__init__()
         self.seed, self.name, self.block_size, self.batch_size = seed, name, block_size, batch_size
-        self.micro_batch_size, self.val_windows, self.workers = micro_batch_size, val_windows, workers
+        self.micro_batch_size, self.val_windows, self.workers = micro_batch_size, val_windows, workers or 0
         self.resolved: dict[str, Any] = {}
         self.warning: str | None = None
         self.checked = False
@@ -156,32 +205,53 @@ class WindowData(L.LightningDataModule):
                     f"{source}: the {split} split has {len(ids)} tokens, and data.block_size={self.block_size} needs "
                     f"at least {self.block_size + 1}: give a longer text or a smaller data.block_size"
                 )
-            least, most = ids.min(), ids.max()
-            if least < 0 or most >= self.tokenizer.vocab_size:  # a GPU would notice only by crashing
+            least, most = id_range(ids)
+            if least < 0 or most >= self.tokenizer.vocab_size:
                 wrong = least if least < 0 else most
                 raise ValueError(f"{source}: token id {wrong} is outside the vocabulary of {self.tokenizer.vocab_size}")
 
     def train_dataloader(self) -> DataLoader:
-        trainer = self.trainer
-        steps = TrainSteps(
-            self.train_ids, self.block_size, self.batch_size, self.seed, trainer.global_rank, trainer.world_size
-        )
-        return self._loader(steps, StepsFrom(trainer.global_step, trainer.max_steps))
+        steps = self.train_steps(self.trainer.global_rank, self.trainer.world_size)
+        return self._loader(steps, StepsFrom(self.trainer.global_step, self.trainer.max_steps))
 
     def val_dataloader(self) -> DataLoader:
-        trainer = self.trainer
+        rank, world_size = self.trainer.global_rank, self.trainer.world_size
         # Without gradients larger batches fit, and are faster; but no more than 64 Ki tokens, for the logits' sake.
-        share = -(-self.batch_size // trainer.world_size)
+        share = -(-self.batch_size // world_size)
         batch_size = self.micro_batch_size or max(share, min(64, 65536 // self.block_size))
-        batches = ValBatches(
-            self.val_ids, self.block_size, self.val_windows, batch_size, trainer.global_rank, trainer.world_size
-        )
+        batches = self.val_batches(batch_size, rank, world_size)
         return self._loader(batches, range(len(batches)))
 
+    def train_steps(self, rank: int, world_size: int) -> Dataset:
+        """Item s: the process's part of the batch of optimizer step s."""
+        ids = Ids(self.train_ids, self.tokenizer.vocab_size)
+        return TrainSteps(ids, self.block_size, self.batch_size, self.seed, rank, world_size)
+
+    def val_batches(self, batch_size: int, rank: int, world_size: int) -> Dataset:
+        """The process's part of the validation, in batches."""
+        ids = Ids(self.val_ids, self.tokenizer.vocab_size)
+        return ValBatches(ids, self.block_size, self.val_windows, batch_size, rank, world_size)
+
     def _loader(self, dataset: Dataset, sampler: Any) -> DataLoader:
-        return DataLoader(
-            dataset, sampler=sampler, batch_size=None, num_workers=self.workers, persistent_workers=self.workers > 0
+        return TimedLoader(
+            dataset,
+            sampler=sampler,
+            batch_size=None,
+            num_workers=self.workers,
+            persistent_workers=self.workers > 0,
+            pin_memory=self.trainer.strategy.root_device.type == "cuda",  # copied while the GPU computes
         )
+
+
+def id_range(ids: np.ndarray) -> tuple[int, int]:
+    """The least and the greatest id: of all, or in long sequences of 1,024 stretches spread over them, which is at most
+    a second's reading."""
+    stretch, count = 1 << 18, 1 << 10
+    starts = range(0, len(ids), stretch)
+    if len(starts) > count:
+        starts = [i * (len(ids) - stretch) // (count - 1) for i in range(count)]
+    found = [(part.min(), part.max()) for part in (ids[start : start + stretch] for start in starts)]
+    return int(min(least for least, _ in found)), int(max(most for _, most in found))
 
 
 def check_data(data: Any) -> None:

@@ -1,20 +1,23 @@
-"""Character-level language modelling on one text. In memory are its ids, 1 byte per character for vocabularies of up to
-256 characters and 2 for those of up to 65,536; the text itself is read in pieces, twice."""
+"""Language modelling on a text, by characters or subwords. In memory are its ids, 1 byte each for vocabularies of up to 256
+tokens and 2 for those of up to 65,536; the text itself is read in pieces, as often as needed. For texts that do not fit:
+`gptlab.data.memmap`."""
 
+import array
 import hashlib
 import http.client
 import sys
-from collections.abc import Iterable
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from gptlab.data import bpe
 from gptlab.data.corpora import PYTHON_DOCS, TextFiles, data_folder, download, from_anywhere, python_docs
 from gptlab.data.windows import WindowData
-from gptlab.tokenizer import CharTokenizer, code_points
+from gptlab.tokenizer import CharTokenizer, code_points, id_type, whole_words
 
 
-class CharData(WindowData):
+class TextData(WindowData):
     """The first 90 % of a text's characters for training, the last 10 % for validation (nanoGPT's split); or all of it
     for training, and the text `val_path` for validation.
 
@@ -23,6 +26,9 @@ class CharData(WindowData):
     a download fails, `fallback=python_docs` goes on with that documentation, under its own name and with a warning.
     A text that gptlab knows by name (python_docs, downloads) keeps its own split: there, `val_path` is refused, as
     losses under one name must be comparable.
+
+    The tokens are its characters (`tokenizer="char"`), GPT-2's (`"gpt2"`), or `vocab_size` byte-level ones learned from
+    the part for training (`"bpe"`). The split is made before, so that all tokenizers are measured on the same text.
 
     Raises:
         FileNotFoundError: no such file, or no way to get it.
@@ -38,6 +44,8 @@ class CharData(WindowData):
         sha256: str | None = None,
         fallback: str | None = None,
         folder: str | None = None,
+        tokenizer: str = "char",
+        vocab_size: int | None = None,
         **windows,
     ) -> None:
         super().__init__(**windows)
@@ -54,6 +62,7 @@ class CharData(WindowData):
             )
         self.path, self.val_path, self.url, self.sha256 = path, val_path, url, sha256
         self.fallback, self.folder = fallback, folder
+        self.kind, self.vocab_size = tokenizer, vocab_size
         self._text: Iterable[str] | None = None  # pieces of it
 
     def prepare_data(self) -> None:
@@ -97,22 +106,29 @@ class CharData(WindowData):
                 f"data.path={self.path} has SHA-256 {found.sha256}, but {self.name} has {self.sha256}: "
                 "it is another text or a changed copy. For a text of your own: data=text data.path=FILE"
             )
-        self.tokenizer = CharTokenizer(found.chars)
+        split = int(0.9 * found.length) if self.val_path is None else found.length
+        self.tokenizer = self._make_tokenizer(found, split)
         record = {"name": self.name, "sha256": found.sha256}
         source = f"data.path={self.path}" if self.path else self.name
+        self.train_ids, rest = encode(self._text, self.tokenizer, found, split, "data.path")
         if self.val_path is None:
-            ids = encode(self._text, self.tokenizer, found, "data.path")
-            split = int(0.9 * len(ids))
-            self.train_ids, self.val_ids = ids[:split], ids[split:]
+            self.val_ids = rest
         else:
             val_found = survey(self._val_text)
-            self._check_characters(val_found.chars)
-            self.train_ids = encode(self._text, self.tokenizer, found, "data.path")
-            self.val_ids = encode(self._val_text, self.tokenizer, val_found, "data.val_path")
+            if self.kind == "char":
+                self._check_characters(val_found.chars)
+            self.val_ids, _ = encode(self._val_text, self.tokenizer, val_found, val_found.length, "data.val_path")
             record["val_sha256"] = val_found.sha256
             source += f", data.val_path={self.val_path}"
         self.check_lengths(source)
         self.record = record
+
+    def _make_tokenizer(self, found: "Survey", split: int) -> Any:
+        if self.kind == "gpt2":
+            return bpe.gpt2()
+        if self.kind == "bpe":
+            return bpe.learn(between(self._text, 0, split), self.vocab_size)
+        return CharTokenizer(found.chars)
 
     def _check_characters(self, val_chars: str) -> None:
         """Raises ValueError if the validation text has characters that the training text lacks."""
@@ -146,21 +162,35 @@ def survey(text: Iterable[str]) -> Survey:
     return Survey("".join(map(chr, np.flatnonzero(seen))), length, sha256.hexdigest())
 
 
-def encode(text: Iterable[str], tokenizer: CharTokenizer, found: Survey, key: str) -> np.ndarray:
-    """The ids of a text that comes in pieces, in the smallest type that holds the vocabulary.
+def encode(text: Iterable[str], tokenizer: Any, found: Survey, split: int, key: str) -> tuple[np.ndarray, np.ndarray]:
+    """The ids of the first `split` characters of a text that comes in pieces, and of the rest.
 
     Raises:
         ValueError: it is no longer the text that was surveyed; `key` names it.
     """
-    ids = np.empty(found.length, np.min_scalar_type(tokenizer.vocab_size - 1))
-    end, sha256 = 0, hashlib.sha256()
+    sha256, parts = hashlib.sha256(), []
+    dtype = id_type(tokenizer.vocab_size)
     try:
-        for piece in text:
-            ids[end : end + len(piece)] = tokenizer.encode(piece)
-            end += len(piece)
-            sha256.update(piece.encode("utf-8"))
-    except ValueError:  # characters that were not there before, or more of them
-        end = -1
-    if (end, sha256.hexdigest()) != (found.length, found.sha256):
+        for start, stop in ((0, split), (split, None)):
+            ids = array.array(dtype.char)  # grows in place
+            for piece in whole_words(between(text, start, stop)):
+                ids.frombytes(tokenizer.encode(piece).data)
+                sha256.update(piece.encode("utf-8"))
+            parts.append(np.frombuffer(ids, dtype))
+    except ValueError:  # characters that were not there before
+        parts.clear()
+    if not parts or sha256.hexdigest() != found.sha256:
         raise ValueError(f"{key}: the text changed while it was being read; start again once nothing writes to it")
-    return ids
+    return parts[0], parts[1]
+
+
+def between(text: Iterable[str], start: int, stop: int | None) -> Iterator[str]:
+    """The characters from `start` on and before `stop` of a text that comes in pieces, in pieces."""
+    at = 0
+    for piece in text:
+        part = piece[max(start - at, 0) : None if stop is None else max(stop - at, 0)]
+        at += len(piece)
+        if part:
+            yield part
+        if stop is not None and at >= stop:
+            return

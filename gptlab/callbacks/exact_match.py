@@ -1,0 +1,64 @@
+"""How many held-out problems are answered exactly."""
+
+import logging
+
+import lightning as L
+import torch
+from torch import Tensor
+
+from gptlab.data.problems import ProblemData
+from gptlab.generate import generate
+
+log = logging.getLogger(__name__)
+
+
+class ExactMatch(L.Callback):
+    """Where the data are problems, each validation measures val/accuracy: the share of held-out problems whose whole answer
+    the model writes when it takes the most likely symbol each time. Up to `show` of its mistakes are printed.
+
+    Greedy generation writes the right answer exactly if the most likely symbol is the right one at every place of the
+    answer after the right ones before it: so one forward pass over question and answer measures it.
+    """
+
+    def __init__(self, show: int) -> None:
+        self.show = show
+
+    def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._exact = self._asked = 0
+        self._mistakes: list[Tensor] = []
+
+    def on_validation_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs, batch, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        if not isinstance(trainer.datamodule, ProblemData):
+            return
+        ids, mask = batch
+        with trainer.precision_plugin.forward_context():
+            likely = pl_module.model(ids[:, :-1])[..., : pl_module.model.vocab_size].argmax(dim=-1)
+        exact = ((likely == ids[:, 1:]) | ~mask[:, 1:]).all(dim=1)
+        self._exact, self._asked = self._exact + exact.sum(), self._asked + len(ids)
+        if len(self._mistakes) < self.show and not trainer.sanity_checking:
+            self._mistakes += ids[~exact][: self.show - len(self._mistakes)]
+
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self._asked:
+            exact, asked = (trainer.strategy.reduce(n, reduce_op="sum") for n in self._tensors(pl_module.device))
+            pl_module.measured["val/accuracy"] = (exact / asked).item()
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if not (self._mistakes and trainer.is_global_zero):
+            return
+        data = trainer.datamodule
+        log.info("    some of its mistakes:")
+        for problem in self._mistakes:
+            new = generate(pl_module.model, problem[None, : data.n_question], data.n_answer, temperature=0)
+            with trainer.precision_plugin.forward_context():
+                given = [*problem[: data.n_question].tolist(), *(int(next_id) for next_id in new)]
+            question, right = data.written(problem.tolist())
+            log.info("    %s%s, not %s", question, right, data.written(given)[1])
+
+    def _tensors(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        return (
+            torch.as_tensor(self._exact, dtype=torch.float64, device=device),
+            torch.as_tensor(self._asked, dtype=torch.float64, device=device),
+        )

@@ -1,0 +1,449 @@
+"""Documents -> token files: train.bin and val.bin, raw ids as nanoGPT writes them, and meta.json, which says what they are.
+
+Twice through the data, on memory that does not grow with it (but for 16 bytes per document). First, several processes read
+and encode a part of the sources each; one file gets all ids in the order of the sources, another the length of each
+document. Then the documents are dealt to the two splits, shuffled as nanoGPT's script does, and copied there. Until all is
+written and synced, it lies in the folder `.partial`; a run that is interrupted goes on from there.
+"""
+
+import collections
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import math
+import mmap
+import multiprocessing
+import os
+import re
+import shutil
+import signal
+import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from tqdm import tqdm
+
+from gptlab.runs import write_json
+from gptlab.tokenizer import BPETokenizer, from_state, id_type
+
+PART = 4 << 20  # bytes of a source that are encoded at a time
+COPY = 1 << 20  # tokens that are copied at a time
+# Where a text can be cut, see `whole_words`: after a visible character of ASCII, or one of two or three bytes, that a blank
+# follows. Left out are all characters that Unicode counts as blanks, and some others.
+BORDER = re.compile(rb"(?:[!-~]|[\xc3-\xdf][\x80-\xbf]|\xe3\x80[\x81-\xbf]|\xe3[\x81-\xbf][\x80-\xbf]|[\xe4-\xef][\x80-\xbf]{2})(?=[ \t\r\n])")  # fmt: skip
+
+
+class Part(NamedTuple):
+    """A piece of a source: bytes start ... stop of a file, its row group `start`, or rows of a data set."""
+
+    kind: str  # text | jsonl | parquet | rows
+    file: str
+    start: int
+    stop: int
+    size: int  # bytes, about
+
+
+def parts_of(files: list[Path]) -> list[Part]:
+    """What is to be read, in order: of .jsonl and .parquet files each row is a document, any other file is one itself.
+
+    Raises:
+        ValueError: a .parquet that is none, or a kind of file that cannot be read here.
+    """
+    found: list[Part] = []
+    for file in files:
+        if file.suffix == ".parquet":
+            found += _parquet_parts(file)
+        elif file.suffix in (".json", ".gz", ".zst", ".bz2", ".xz", ".zip", ".arrow"):
+            raise ValueError(
+                f"path: {file} cannot be read as it is; give .jsonl (a JSON object in each line), .parquet or text files, "
+                "unpacked"
+            )
+        else:
+            kind, size = "jsonl" if file.suffix in (".jsonl", ".ndjson") else "text", file.stat().st_size
+            starts = range(0, max(size, 1), PART)
+            found += [Part(kind, str(file), at, min(at + PART, size), min(PART, size - at)) for at in starts]
+    return found
+
+
+def _parquet_parts(file: Path) -> list[Part]:
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        metadata = parquet.ParquetFile(file).metadata
+    except (pyarrow.ArrowException, OSError) as error:
+        raise ValueError(f"path: {file} is no Parquet file ({error})") from None
+    groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
+    return [Part("parquet", str(file), i, g.num_rows, g.total_byte_size) for i, g in enumerate(groups)]
+
+
+def rows_of(dataset: Any, rows: int = 1000) -> list[Part]:
+    """The parts of a data set of Hugging Face's `datasets`."""
+    size = (dataset.data.nbytes or 0) // max(len(dataset), 1)
+    starts = range(0, len(dataset), rows)
+    return [Part("rows", "", at, min(at + rows, len(dataset)), size * min(rows, len(dataset) - at)) for at in starts]
+
+
+def read(part: Part, text_key: str, dataset: Any = None) -> Iterator[tuple[str | None, bool]]:
+    """The texts of a part, None for what cannot be read, and for each whether its document ends with it."""
+    if part.kind == "text":
+        yield from _read_text(part)
+    elif part.kind == "jsonl":
+        yield from ((text, True) for text in _read_jsonl(part, text_key))
+    elif part.kind == "parquet":
+        yield from ((text, True) for text in _read_parquet(part, text_key))
+    else:
+        for value in dataset[part.start : part.stop][text_key]:
+            yield value if isinstance(value, str) else None, True
+
+
+def _read_text(part: Part) -> Iterator[tuple[str | None, bool]]:
+    with open(part.file, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        start, stop = _border(file, part.start, size), _border(file, part.stop, size)
+        file.seek(start)
+        raw = file.read(stop - start)
+    try:
+        yield raw.decode("utf-8"), part.stop == size
+    except UnicodeDecodeError:
+        yield None, True
+        if part.start > 0:  # the rest of the document is there already
+            yield "", part.stop == size
+
+
+def _border(file: Any, at: int, size: int) -> int:
+    """The first place from `at` on where the text can be cut."""
+    if at == 0:
+        return 0
+    while at < size:
+        file.seek(at)
+        window = file.read(1 << 16)
+        if found := BORDER.search(window):
+            return at + found.end()
+        at += max(len(window) - 3, 1)  # a character may lie across
+    return size
+
+
+def _read_jsonl(part: Part, text_key: str) -> Iterator[str | None]:
+    """Of the lines that begin in the part."""
+    with open(part.file, "rb") as file:
+        at = max(part.start - 1, 0)
+        file.seek(at)
+        if part.start > 0:
+            at += len(file.readline())
+        while at < part.stop and (line := file.readline()):
+            at += len(line)
+            if line.isspace():
+                continue
+            try:
+                text = json.loads(line)[text_key]
+                yield text if isinstance(text, str) else None
+            except (ValueError, KeyError, TypeError, RecursionError):
+                yield None
+
+
+def _read_parquet(part: Part, text_key: str) -> Iterator[str | None]:
+    import pyarrow
+    from pyarrow import parquet
+
+    left = part.stop
+    try:
+        for batch in parquet.ParquetFile(part.file).iter_batches(256, row_groups=[part.start], columns=[text_key]):
+            for value in batch.column(0):
+                left -= 1
+                try:
+                    text = value.as_py()
+                except UnicodeDecodeError:
+                    text = None
+                yield text if isinstance(text, str) else None
+    except (pyarrow.ArrowException, OSError):  # the rest of the row group
+        yield from [None] * left
+
+
+class Encoded(NamedTuple):
+    ids: bytes
+    documents: list[tuple[int, int]]  # tokens, and bytes of text; the last one may go on in the next part
+    complete: bool  # or does it
+    unreadable: int
+
+
+class Encoder:
+    """Part -> its token ids, the end of the text after each document."""
+
+    def __init__(self, tokenizer_state: dict[str, Any], text_key: str, dataset: Any) -> None:
+        self.tokenizer: BPETokenizer = from_state(tokenizer_state)
+        self.text_key, self.dataset = text_key, dataset
+        self.dtype = id_type(self.tokenizer.vocab_size).newbyteorder("<")
+
+    def __call__(self, part: Part) -> Encoded:
+        end = np.array([self.tokenizer.end_of_text])
+        ids: list[np.ndarray] = [np.empty(0, self.dtype)]
+        documents, unreadable, complete = [], 0, True
+        for text, ends in read(part, self.text_key, self.dataset):
+            try:
+                new = self.tokenizer.encode(text)
+            except (ValueError, TypeError):  # a lone surrogate, or None
+                unreadable += 1
+                continue
+            ids += [new, end] if ends else [new]
+            documents.append((len(new) + ends, len(text.encode("utf-8"))))
+            complete = ends
+        return Encoded(np.concatenate(ids).astype(self.dtype).tobytes(), documents, complete, unreadable)
+
+
+def _start_worker(*arguments: Any) -> None:
+    global _encoder
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that started us
+    _encoder = Encoder(*arguments)
+
+
+def _encode(part: Part) -> Encoded:
+    return _encoder(part)
+
+
+def encode_all(parts: list[Part], processes: int, *encoder: Any) -> Iterator[Encoded]:
+    """The parts encoded, in order; a few of them ahead of what is asked for, so that memory stays flat."""
+    if processes == 1:
+        yield from map(Encoder(*encoder), parts)
+        return
+    context = multiprocessing.get_context("spawn")  # a fork of a process with threads may hang
+    with ProcessPoolExecutor(processes, context, _start_worker, encoder) as pool:
+        try:
+            pending: collections.deque = collections.deque()
+            for part in parts:
+                pending.append(pool.submit(_encode, part))
+                if len(pending) > 2 * processes:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+@dataclass
+class State:
+    """How far the first pass has come; `ids` and `documents` count what its two files hold."""
+
+    job: str
+    parts: int = 0
+    ids: int = 0
+    documents: int = 0
+    open_document: list[int] = field(default_factory=lambda: [0, 0])
+    unreadable: int = 0
+
+
+def prepare(
+    out: Path,
+    parts: list[Part],
+    tokenizer: BPETokenizer,
+    *,
+    source: dict[str, Any],
+    text_key: str = "text",
+    dataset: Any = None,
+    val_share: float,
+    split_seed: int,
+    processes: int,
+    wait: bool = False,
+) -> dict[str, Any]:
+    """Write the folder `out`, and return what its meta.json says.
+
+    Args:
+        source: what meta.json is to say of where the documents come from.
+        val_share: of the documents, for validation.
+        wait: for another process that is writing the same folder.
+
+    Raises:
+        ValueError: no room for it, no documents for one of the splits, or a folder that holds something else.
+    """
+    work = out / ".partial"
+    if not work.exists() and (
+        there := [name for name in ("train.bin", "val.bin", "meta.json") if (out / name).exists()]
+    ):
+        raise ValueError(f"{out} holds {' and '.join(there)} already: train on it, or give another folder")
+    work.mkdir(parents=True, exist_ok=True)
+    with _alone(work / "lock", wait), _room_explained(out):
+        if not (out / "train.bin").exists():
+            job = [parts, [os.stat(part.file).st_mtime_ns for part in parts if part.file], tokenizer.state(), text_key]
+            state = _first_pass(work, _digest(job), parts, tokenizer, text_key, dataset, processes)
+            _second_pass(out, work, state, tokenizer, source, val_share, split_seed)
+        shutil.rmtree(work, ignore_errors=True)
+    return json.loads((out / "meta.json").read_text("utf-8"))
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
+
+
+@contextlib.contextmanager
+def _alone(lock: Path, wait: bool) -> Iterator[None]:
+    with open(lock, "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(
+                f"another process is writing {lock.parent.parent}: wait for it, or give another folder"
+            ) from None
+        yield
+
+
+@contextlib.contextmanager
+def _room_explained(out: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise ValueError(
+            f"the disk of {out} is full: make room and give the same command again, it will go on"
+        ) from None
+
+
+def _first_pass(
+    work: Path, job: str, parts: list[Part], tokenizer: BPETokenizer, text_key: str, dataset: Any, processes: int
+) -> State:
+    """Encode all parts into work/ids and work/documents, or those that an earlier run did not get to."""
+    progress = work / "state.json"
+    state = State(job)
+    with contextlib.suppress(OSError, ValueError, TypeError):
+        if (before := State(**json.loads(progress.read_text("utf-8")))).job == job:
+            state = before
+    encoder, left = (tokenizer.state(), text_key, dataset), parts[state.parts :]
+    dtype = id_type(tokenizer.vocab_size)
+    with open(work / "ids", "ab") as ids, open(work / "documents", "ab") as documents:
+        ids.truncate(state.ids * dtype.itemsize)  # what was written after the last note of it
+        documents.truncate(16 * state.documents)
+
+        def save() -> None:
+            for file in (ids, documents):
+                file.flush()
+                os.fsync(file.fileno())
+            write_json(progress, asdict(state))
+
+        size = sum(part.size for part in parts)
+        bar = tqdm(
+            total=size, initial=sum(part.size for part in parts[: state.parts]), unit="B", unit_scale=True, disable=None
+        )
+        tokens, started, saved = 0, time.monotonic(), time.monotonic()
+        with bar:
+            for i, (part, encoded) in enumerate(zip(left, encode_all(left, processes, *encoder), strict=True)):
+                if i == 0:
+                    _check_room(work, left, len(encoded.ids) / max(part.size, 1), state.ids * dtype.itemsize)
+                _append(encoded, state, ids, documents)
+                tokens += len(encoded.ids) // dtype.itemsize
+                bar.set_postfix_str(f"{tokens / (time.monotonic() - started) / 1e6:.2f} M tokens/s", refresh=False)
+                bar.update(part.size)
+                if time.monotonic() - saved > 10:
+                    save()
+                    saved = time.monotonic()
+        save()
+    return state
+
+
+def _append(encoded: Encoded, state: State, ids: Any, documents: Any) -> None:
+    ids.write(encoded.ids)
+    for i, (tokens, size) in enumerate(encoded.documents):
+        state.open_document = [state.open_document[0] + tokens, state.open_document[1] + size]
+        state.ids += tokens
+        if encoded.complete or i + 1 < len(encoded.documents):
+            documents.write(np.array(state.open_document, "<i8").tobytes())
+            state.open_document, state.documents = [0, 0], state.documents + 1
+    state.parts, state.unreadable = state.parts + 1, state.unreadable + encoded.unreadable
+
+
+def _check_room(work: Path, left: list[Part], ratio: float, there: int) -> None:
+    """Raises ValueError unless the disk has room for all ids twice, by the bytes of ids per byte of a source that the first
+    part has. `there`: bytes of ids that are written already."""
+    to_come = ratio * sum(part.size for part in left)
+    needed = 1.05 * (2 * to_come + there)
+    free = shutil.disk_usage(work).free
+    if free < needed:
+        raise ValueError(
+            f"{work.parent} needs about {needed / 1e9:.3g} GB while it is written, and its disk has {free / 1e9:.3g} GB free: "
+            "make room, or give a folder on another disk"
+        )
+
+
+def _second_pass(
+    out: Path, work: Path, state: State, tokenizer: BPETokenizer, source: dict, val_share: float, split_seed: int
+) -> None:
+    """Deal the documents to val.bin and train.bin, and say so in meta.json; train.bin appears last."""
+    n_val = math.ceil(val_share * state.documents)
+    if not 1 <= n_val < state.documents:
+        raise ValueError(
+            f"{state.documents} documents cannot be split into training and validation (val_share={val_share}); for a single "
+            "text: python -m gptlab.train data=text data.path=FILE data.tokenizer=gpt2"
+        )
+    # The very order of datasets' train_test_split(test_size=val_share, seed=split_seed, shuffle=True).
+    order = np.random.default_rng(split_seed).permutation(state.documents)
+    documents = Documents(work, id_type(tokenizer.vocab_size).newbyteorder("<"))
+    meta = {
+        "format": 1,
+        "dtype": documents.dtype.name,
+        "tokenizer": tokenizer.state(),
+        "val": documents.copy(order[:n_val], work / "val.bin"),
+        "train": documents.copy(order[n_val:], work / "train.bin"),
+        "source": source,
+        "val_share": val_share,
+        "split_seed": split_seed,
+        "unreadable": state.unreadable,
+    }
+    write_json(out / "meta.json", meta)
+    for name in ("val.bin", "train.bin"):
+        os.replace(work / name, out / name)
+
+
+class Documents:
+    """What the first pass has left: the ids of all documents one after another, and how long each is."""
+
+    def __init__(self, work: Path, dtype: np.dtype) -> None:
+        self.dtype = dtype
+        with open(work / "ids", "rb") as file:
+            self.map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        self.ids = np.frombuffer(self.map, dtype)
+        self.sizes = np.memmap(work / "documents", "<i8", mode="r").reshape(-1, 2)
+        self.ends = self.sizes[:, 0].cumsum()
+
+    def copy(self, chosen: np.ndarray, to: Path) -> dict[str, Any]:
+        """Write the ids of these documents one after another; returns what meta.json is to say of that."""
+        sha256, tokens, size = hashlib.sha256(), 0, 0
+        with open(to, "wb") as file:
+            for some in np.split(chosen, range(1 << 16, len(chosen), 1 << 16)):
+                lengths = self.sizes[some, 0]
+                for ids in self._stretches(self.ends[some] - lengths, lengths):
+                    file.write(ids.data)
+                    sha256.update(ids.data)
+                    self.map.madvise(mmap.MADV_DONTNEED)  # read once: not to be counted as our memory
+                tokens, size = tokens + int(lengths.sum()), size + int(self.sizes[some, 1].sum())
+            file.flush()
+            os.fsync(file.fileno())
+        return {"tokens": tokens, "documents": len(chosen), "bytes": size, "sha256": sha256.hexdigest()}
+
+    def _stretches(self, starts: np.ndarray, lengths: np.ndarray) -> Iterator[np.ndarray]:
+        """The ids of documents, about COPY at a time."""
+        ends, first = lengths.cumsum(), 0
+        while first < len(lengths):
+            before = ends[first] - lengths[first]
+            last = int(np.searchsorted(ends, before + COPY, side="right"))
+            if last <= first:  # a document that may be larger than all memory
+                for at in range(0, int(lengths[first]), COPY):
+                    yield self.ids[starts[first] + at : starts[first] + min(at + COPY, lengths[first])]
+                last = first + 1
+            else:
+                shift = starts[first:last] - (ends[first:last] - lengths[first:last] - before)
+                yield self.ids[np.repeat(shift, lengths[first:last]) + np.arange(ends[last - 1] - before)]
+            first = last
+
+
+def sample(parts: list[Part], text_key: str, dataset: Any = None, most: int = 100_000_000) -> Iterator[str]:
+    """Texts from parts spread over all, about `most` bytes: enough to learn a vocabulary from, on flat memory."""
+    step = max(sum(part.size for part in parts) // most, 1)
+    for part in parts[::step]:
+        for text, _ in read(part, text_key, dataset):
+            with contextlib.suppress(UnicodeEncodeError, AttributeError):  # a lone surrogate, or None
+                yield text.encode("utf-8").decode("utf-8")

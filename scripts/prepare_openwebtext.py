@@ -1,0 +1,78 @@
+"""Documents -> token files for data=openwebtext. See --help."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+from gptlab import cli, config
+
+
+def prepare_openwebtext(cfg: Any) -> None:
+    """Tokenise a data set of the Hugging Face hub, or local files, into `out`."""
+    if problems := list(config.prepare_problems(cfg)):
+        raise ValueError("\n".join(problems))
+    from gptlab.data import bpe, prepare
+    from gptlab.data.corpora import data_folder, text_files
+
+    out = Path(cfg.out).expanduser() if cfg.out else data_folder(None) / "openwebtext"
+    dataset = None
+    if cfg.path is None:
+        dataset = load(cfg.hub, cfg.hub_config, cfg.hub_split, cfg.text_key)
+        parts = prepare.rows_of(dataset)
+        source = {"hub": cfg.hub, "config": cfg.hub_config, "split": cfg.hub_split, "fingerprint": dataset._fingerprint}
+    else:
+        files = text_files(cfg.path, "path")
+        parts = prepare.parts_of(files)
+        source = {"path": cfg.path, "files": len(files), "bytes": sum(file.stat().st_size for file in files)}
+    print(f"{len(parts):,} parts, {sum(part.size for part in parts) / 1e6:,.0f} MB -> {out}")
+    tokenizer = (
+        bpe.gpt2()
+        if cfg.tokenizer == "gpt2"
+        else bpe.learn(prepare.sample(parts, cfg.text_key, dataset), cfg.vocab_size)
+    )
+    meta = prepare.prepare(
+        out,
+        parts,
+        tokenizer,
+        source=source,
+        text_key=cfg.text_key,
+        dataset=dataset,
+        val_share=cfg.val_share,
+        split_seed=cfg.split_seed,
+        processes=cfg.processes or cores(),
+    )
+    for split in ("train", "val"):
+        about = meta[split]
+        print(
+            f"{split}.bin: {about['tokens']:,} tokens of {about['documents']:,} documents, {about['bytes']:,} bytes of text"
+        )
+    if meta["unreadable"]:
+        print(f"left out: {meta['unreadable']:,} rows or files without readable text under {cfg.text_key!r}")
+    print(f"\nnext:\n  python -m gptlab.train data=openwebtext data.path={out}")
+
+
+def cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def load(hub: str, name: str | None, split: str, text_key: str) -> Any:
+    """A data set of the hub, downloaded into the cache of Hugging Face's `datasets` (54 GB for OpenWebText).
+
+    Raises:
+        ValueError: it cannot be had, or has no such column.
+    """
+    import datasets
+
+    try:
+        dataset = datasets.load_dataset(hub, name, split=split)
+    except Exception as error:  # of the library's many kinds, all mean that there is no data set
+        raise ValueError(
+            f"hub={hub}: the data set cannot be loaded ({type(error).__name__}: {error}). Local files: path='texts/*.jsonl'"
+        ) from None
+    if text_key not in dataset.column_names:
+        raise ValueError(f"text_key={text_key}: {hub} has the columns {', '.join(dataset.column_names)}")
+    return dataset
+
+
+if __name__ == "__main__":
+    cli.main(prepare_openwebtext, "prepare")
