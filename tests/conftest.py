@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from gptlab.data import bpe, prepare
+
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # several tests at a time: threads that wait for each other spin
 
 # A model and a run so small that a whole process takes a few seconds; a schedule that does not depend on max_steps.
@@ -48,3 +50,26 @@ def shakespeare() -> str:
     if not Path(path).is_file():
         pytest.skip("GPTLAB_TEST_SHAKESPEARE does not name a copy of Tiny Shakespeare")
     return path
+
+
+def write_token_files(folder: Path) -> None:
+    """What scripts/prepare_openwebtext.py makes of 200 small documents and a BPE of 300 tokens."""
+    texts = folder.parent / "texts"
+    texts.mkdir(parents=True)
+    for i in range(200):
+        (texts / f"{i:03}.txt").write_text(
+            f"{i} green bottles, hanging on the wall of house number {i * i}.\n" * (1 + i % 7)
+        )
+    files = sorted(texts.iterdir())
+    tokenizer = bpe.learn((file.read_text() for file in files), 300)
+    parts = prepare.parts_of(files)
+    prepare.prepare(folder, parts, tokenizer, source={}, val_share=0.1, split_seed=1, processes=1)
+
+
+@pytest.fixture
+def gpt2_files() -> str:
+    """GPT-2's vocabulary, which the tests do not download."""
+    folder = os.environ.get("TIKTOKEN_CACHE_DIR", "")
+    if not (Path(folder) / "6d1cbeee0f20b3d9449abfede4726ed8212e3aee").is_file():
+        pytest.skip("TIKTOKEN_CACHE_DIR does not name a folder with GPT-2's vocabulary")
+    return folder

@@ -98,15 +98,17 @@ def test_samples_are_in_tensorboards_text_tab(tmp_path):
 
 
 def test_throughput_and_mfu_by_hand(tmp_path, monkeypatch):
-    """A clock that advances by 0.1 s a look, a device whose peak is 1e6: 24 tokens per step, one look at each end."""
+    """A clock that advances by 0.1 s a look, a device whose peak is 1e6, 24 tokens per step. Each step but the first, whose
+    batch is there when the clock starts, has two looks of the loader in between: 0.3 s, of which 0.1 s of waiting."""
     clock = iter(np.arange(1, 1000) / 10)
     monkeypatch.setattr(throughput.time, "perf_counter", lambda: next(clock))
     monkeypatch.setattr(throughput, "peak_flops", lambda device, precision: 1e6)
     module, callback = make_module(), Throughput()
     make_trainer(tmp_path, 3, callbacks=[callback], limit_val_batches=0).fit(module, datamodule=Data())
-    assert module.logged["train/tokens_per_s"] == pytest.approx(24 / 0.1)
-    assert module.logged["train/mfu"] == pytest.approx(240 * module.model.flops_per_token() / 1e6)
-    assert callback.tokens_per_s == pytest.approx(240)
+    assert module.logged["train/tokens_per_s"] == pytest.approx(24 / 0.3)
+    assert module.logged["train/mfu"] == pytest.approx(80 * module.model.flops_per_token() / 1e6)
+    assert module.logged["train/data_wait"] == pytest.approx(1 / 3)
+    assert callback.tokens_per_s == pytest.approx(3 * 24 / 0.7)
 
 
 def test_the_clock_stands_still_during_validation(tmp_path):

@@ -361,7 +361,7 @@ def test_memory_is_that_of_the_ids(tmp_path):
 @pytest.mark.parametrize("change", ["longer", "shorter", "other", "new character", "not UTF-8", "gone"])
 def test_a_text_that_changes_between_the_two_readings_is_refused(tmp_path, monkeypatch, change):
     """Trained on in silence, its ids would be neither the old nor the new text's."""
-    from gptlab.data import char
+    from gptlab.data import text
 
     file = tmp_path / "a.txt"
     file.write_text(TEXT)
@@ -374,12 +374,12 @@ def test_a_text_that_changes_between_the_two_readings_is_refused(tmp_path, monke
         "gone": file.unlink,
     }
 
-    class Tokenizer(char.CharTokenizer):
+    class Tokenizer(text.CharTokenizer):
         def __init__(self, chars):
             super().__init__(chars)
             changes[change]()
 
-    monkeypatch.setattr(char, "CharTokenizer", Tokenizer)
+    monkeypatch.setattr(text, "CharTokenizer", Tokenizer)
     with pytest.raises(ValueError, match=r"data.path: the text changed"):
         char_data(path=str(file))
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import TINY
+from conftest import TINY, write_token_files
 from omegaconf import OmegaConf
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
@@ -337,13 +337,14 @@ def test_train_returns_the_metric_that_a_sweeper_optimises(gptlab, tmp_path, mon
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_every_experiment_takes_two_steps(gptlab, tmp_path, experiment):
-    small = [
-        "trainer.max_steps=2",
-        "optim.warmup_steps=0",
-        "data.val_windows=5",
-        "data.url=http://127.0.0.1:9/",
-        "hydra.run.dir=run",
-    ]
+    small = ["trainer.max_steps=2", "optim.warmup_steps=0", "data.val_windows=5", "hydra.run.dir=run"]
+    if experiment.startswith("shakespeare"):
+        small += ["data.url=http://127.0.0.1:9/"]
+    if experiment == "shakespeare_bpe":
+        small += ["data.tokenizer=bpe", "data.vocab_size=300"]  # GPT-2's would be a download
+    if experiment == "gpt2_124m":
+        write_token_files(tmp_path / "data/openwebtext")
+        small += ["model.n_layer=1", "model.n_embd=24", "data.block_size=16", "data.batch_size=4"]
     gptlab("train", f"experiment={experiment}", *small)
     assert json.loads((tmp_path / "run/summary.json").read_text())["steps"] == 2
 

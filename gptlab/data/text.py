@@ -174,7 +174,7 @@ def encode(text: Iterable[str], tokenizer: Any, found: Survey, split: int, key: 
         for start, stop in ((0, split), (split, None)):
             ids = array.array(dtype.char)  # grows in place
             for piece in whole_words(between(text, start, stop)):
-                ids.frombytes(tokenizer.encode(piece).data)
+                ids.frombytes(tokenizer.encode(piece).tobytes())
                 sha256.update(piece.encode("utf-8"))
             parts.append(np.frombuffer(ids, dtype))
     except ValueError:  # characters that were not there before
