@@ -276,6 +276,7 @@ class PrepareConfig:
     hub: str = MISSING
     hub_config: str | None = None
     hub_split: str = MISSING
+    hub_revision: str | None = None
     text_key: str = MISSING
     tokenizer: str = MISSING
     vocab_size: int | None = None
@@ -468,6 +469,9 @@ def prepare_problems(cfg: Any) -> Iterator[str]:
 def _data_problems(data: Any) -> Iterator[str]:
     """What can be said of gptlab's own data sets without reading the data."""
     target = data.get("_target_")
+    if target in (TextConfig._target_, PythonStdlibConfig._target_) and data.vocab_size is not None:
+        if not 257 <= data.vocab_size <= 2**20:  # bytes and the end of a text; tokenizer.MAX_VOCAB_SIZE
+            yield f"data.vocab_size={data.vocab_size}: it must be at least 257 (bytes and end of text) and at most 1048576"
     if target == TextConfig._target_:
         yield from _text_problems(data)
     elif target == MemmapConfig._target_:

@@ -56,7 +56,8 @@ def _is_ours(error: BaseException) -> bool:
         return False
     raised = traceback.extract_tb(error.__traceback__)[-1]
     on_purpose = (raised.line or "").startswith("raise ")  # not, say, a tuple of another length than was unpacked
-    return on_purpose and Path(config.__file__).parent in Path(raised.filename).parents
+    package = Path(config.__file__).parent
+    return on_purpose and not {package, package.parent / "scripts"}.isdisjoint(Path(raised.filename).parents)
 
 
 def _yaml_file(error: BaseException) -> str | None:

@@ -102,7 +102,7 @@ def make_data(cfg: Any, resuming: bool) -> Any:
 
     from gptlab.checkpoint import build_tokenizer
     from gptlab.data.windows import check_data
-    from gptlab.tokenizer import CharTokenizer, check_tokenizer
+    from gptlab.tokenizer import BPETokenizer, CharTokenizer, check_tokenizer
 
     if resuming and cfg.data.get("fallback") is not None:
         cfg.data.fallback = None  # it was not needed then; now it would be another text
@@ -110,7 +110,7 @@ def make_data(cfg: Any, resuming: bool) -> Any:
     data.prepare_data()
     data.setup("fit")
     check_data(data)
-    if not isinstance(data.tokenizer, CharTokenizer):
+    if not isinstance(data.tokenizer, (CharTokenizer, BPETokenizer)):
         check_tokenizer(data.tokenizer, build_tokenizer)
     for key, value in data.resolved.items():
         cfg.data[key] = value
@@ -376,6 +376,8 @@ def conclude(run: Path, data: Any, summary: dict[str, Any], start_step: int, tru
     if best:
         log.info("best validation loss on %s, at step %d:", data.record["name"], best["step"])
         log.info("  %.4f nats per token, %.4f bits per byte", best["val/loss"], best["val/bits_per_byte"])
+    if "val/accuracy" in summary["last"]:
+        log.info("answered exactly, at the last step: %.2f %%", 100 * summary["last"]["val/accuracy"])
     if data.warning:
         log.warning("\n*** WARNING: %s ***", data.warning)
     log.info("run folder: %s", place)

@@ -1,6 +1,7 @@
 """Documents -> token files for data=openwebtext. See --help."""
 
 import os
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,9 @@ def prepare_openwebtext(cfg: Any) -> None:
     out = Path(cfg.out).expanduser() if cfg.out else data_folder(None) / "openwebtext"
     dataset = None
     if cfg.path is None:
-        dataset = load(cfg.hub, cfg.hub_config, cfg.hub_split, cfg.text_key)
+        dataset = load(cfg.hub, cfg.hub_config, cfg.hub_split, cfg.hub_revision, cfg.text_key)
         parts = prepare.rows_of(dataset)
-        source = {"hub": cfg.hub, "config": cfg.hub_config, "split": cfg.hub_split, "fingerprint": dataset._fingerprint}
+        source = {key: cfg[key] for key in ("hub", "hub_config", "hub_split", "hub_revision")}
     else:
         files = text_files(cfg.path, "path")
         parts = prepare.parts_of(files)
@@ -48,14 +49,14 @@ def prepare_openwebtext(cfg: Any) -> None:
         )
     if meta["unreadable"]:
         print(f"left out: {meta['unreadable']:,} rows or files without readable text under {cfg.text_key!r}")
-    print(f"\nnext:\n  python -m gptlab.train data=openwebtext data.path={out}")
+    print(f"\nnext:\n  python -m gptlab.train data=openwebtext data.path={shlex.quote(str(out))}")
 
 
 def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def load(hub: str, name: str | None, split: str, text_key: str) -> Any:
+def load(hub: str, name: str | None, split: str, revision: str | None, text_key: str) -> Any:
     """A data set of the hub, downloaded into the cache of Hugging Face's `datasets` (54 GB for OpenWebText).
 
     Raises:
@@ -64,10 +65,13 @@ def load(hub: str, name: str | None, split: str, text_key: str) -> Any:
     import datasets
 
     try:
-        dataset = datasets.load_dataset(hub, name, split=split)
+        dataset = datasets.load_dataset(hub, name, split=split, revision=revision)
     except Exception as error:  # of the library's many kinds, all mean that there is no data set
+        hint = "Files of your own: 'path=texts/*.jsonl'"
+        if "scripts are no longer supported" in str(error):
+            hint = "The hub's own conversion of it may be whole: hub_revision=refs/convert/parquet"
         raise ValueError(
-            f"hub={hub}: the data set cannot be loaded ({type(error).__name__}: {error}). Local files: path='texts/*.jsonl'"
+            f"hub={hub}: the data set cannot be loaded ({type(error).__name__}: {error}). {hint}"
         ) from None
     if text_key not in dataset.column_names:
         raise ValueError(f"text_key={text_key}: {hub} has the columns {', '.join(dataset.column_names)}")

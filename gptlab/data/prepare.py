@@ -333,6 +333,11 @@ def _first_pass(
         with bar:
             for i, (part, encoded) in enumerate(zip(left, encode_all(left, processes, *encoder), strict=True)):
                 if i == 0:
+                    if encoded.unreadable and not encoded.documents:
+                        raise ValueError(
+                            f"none of the first {encoded.unreadable} rows of {part.file or 'the data set'} has text under "
+                            f"text_key={text_key}: give another text_key"
+                        )
                     _check_room(work, left, len(encoded.ids) / max(part.size, 1), state.ids * dtype.itemsize)
                 _append(encoded, state, ids, documents)
                 tokens += len(encoded.ids) // dtype.itemsize

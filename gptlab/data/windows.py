@@ -132,7 +132,10 @@ class TimedLoader(DataLoader):
         batches = super().__iter__()
         while True:
             asked = time.perf_counter()
-            batch = next(batches, None)
+            try:
+                batch = next(batches, None)
+            except ValueError as error:  # from a worker process it comes with the traceback in its text
+                raise ValueError(str(error).rpartition("\nValueError: ")[2]) from error
             self.waited += time.perf_counter() - asked
             if batch is None:
                 return
