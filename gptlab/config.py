@@ -436,6 +436,12 @@ def _cross_problems(cfg: Any) -> Iterator[str]:
             f"callbacks.profile needs skip_steps + steps = {profiled} steps, more than trainer.max_steps="
             f"{trainer.max_steps}: add trainer.max_steps={profiled}"
         )
+    monitor, target = OmegaConf.select(cfg, "callbacks.early_stopping.monitor"), str(cfg.data.get("_target_"))
+    if monitor == "val/accuracy" and target.startswith("gptlab.") and target not in PROBLEMS:
+        yield (
+            f"callbacks.early_stopping.monitor={monitor}: it must be one of {', '.join(VALIDATED)} with this data: only "
+            "problems, as of data=addition or data=sort, have right answers"
+        )
     if not 0 < optim.lr < math.inf:
         yield f"optim.lr={optim.lr}: it must be above 0 and finite"
     elif optim.schedule == "cosine" and optim.min_lr > optim.lr:
@@ -469,9 +475,9 @@ def prepare_problems(cfg: Any) -> Iterator[str]:
 def _data_problems(data: Any) -> Iterator[str]:
     """What can be said of gptlab's own data sets without reading the data."""
     target = data.get("_target_")
-    if target in (TextConfig._target_, PythonStdlibConfig._target_) and data.vocab_size is not None:
-        if not 257 <= data.vocab_size <= 2**20:  # bytes and the end of a text; tokenizer.MAX_VOCAB_SIZE
-            yield f"data.vocab_size={data.vocab_size}: it must be at least 257 (bytes and end of text) and at most 1048576"
+    size = data.vocab_size if target in (TextConfig._target_, PythonStdlibConfig._target_) else None
+    if size is not None and not 257 <= size <= 2**20:  # tokenizer.MAX_VOCAB_SIZE
+        yield f"data.vocab_size={size}: it must be at least 257 (256 bytes and the end of text) and at most {2**20}"
     if target == TextConfig._target_:
         yield from _text_problems(data)
     elif target == MemmapConfig._target_:

@@ -44,7 +44,7 @@ class TokenMetrics(Metric):
         return {
             "loss": loss,
             "perplexity": math.exp(min(loss, 700.0)),  # beyond that a float overflows
-            "bits_per_byte": nats / math.log(2) / text_bytes,
+            "bits_per_byte": nats / math.log(2) / text_bytes if text_bytes else math.inf,
         }
 
 

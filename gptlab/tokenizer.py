@@ -24,6 +24,8 @@ class CharTokenizer:
     def __init__(self, chars: str) -> None:
         if not isinstance(chars, str) or not chars or len(set(chars)) != len(chars):
             raise ValueError("a character vocabulary must be a string of at least one character, none twice")
+        if any("\ud800" <= char <= "\udfff" for char in chars):
+            raise ValueError("a character vocabulary must have no lone surrogates, which are no characters")
         self.chars = chars
         self._id_of_code = np.full(sys.maxunicode + 1, -1, dtype=np.int32)
         self._id_of_code[code_points(chars)] = np.arange(len(chars))
@@ -97,8 +99,8 @@ class BPETokenizer:
         self.tokens, self.start = tokens, self.START
         if not 256 <= len(tokens) < MAX_VOCAB_SIZE:
             raise ValueError(f"a BPE vocabulary has 256 to {MAX_VOCAB_SIZE - 1:,} tokens, not {len(tokens):,}")
-        if len(set(tokens)) != len(tokens):
-            raise ValueError("a BPE vocabulary must have no token twice")
+        if len(set(tokens)) != len(tokens) or b"" in tokens:
+            raise ValueError("a BPE vocabulary must have no token twice, and no empty one")
         if missing := {bytes([i]) for i in range(256)}.difference(tokens):
             raise ValueError(f"a BPE vocabulary must have every single byte, and lacks {sorted(missing)[0]!r}")
         self._text_of_id = [*tokens, self.END_OF_TEXT.encode()]
@@ -151,7 +153,7 @@ def _without_long_blanks(text: str) -> Iterator[str]:
     cut in there."""
     most, start = 400_000, 0
     for end in range(most, len(text), most):
-        if text[end - most : end].isspace():
+        if text[end - most : end + 1].isspace():
             yield text[start:end]
             start = end
     yield text[start:]
@@ -177,11 +179,13 @@ def from_state(state: dict[str, Any]) -> CharTokenizer | BPETokenizer:
     Raises:
         ValueError: a state that no tokenizer of ours wrote.
     """
-    kind = state.get("type") if isinstance(state, dict) else state
+    if not isinstance(state, dict):
+        raise ValueError(f"a tokenizer's state must be a mapping, not {type(state).__name__}")
+    kind = state.get("type")
     if kind == "char":
         return CharTokenizer(state.get("chars"))
     if kind != "bpe":
-        raise ValueError(f"unknown tokenizer {kind!r}; known: char, bpe, and classes of one's own, by _target_")
+        raise ValueError(f"unknown tokenizer {kind!r:.100}; known: char, bpe, and classes of one's own, by _target_")
     tokens = state.get("tokens")
     if not isinstance(tokens, str):
         raise ValueError(f"a BPE vocabulary must be a string of tokens in base64, not {type(tokens).__name__}")

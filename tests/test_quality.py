@@ -56,3 +56,21 @@ def test_the_first_step_is_done_four_seconds_after_the_start(tmp_path):
         process.kill()
         process.wait()
     assert min(seconds) < 4, seconds
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("arguments", "accuracy", "seconds"),
+    [
+        (["experiment=addition"], 0.99, 120),
+        (["experiment=addition", "data.ndigit=3", "trainer.max_steps=4000"], 0.99, 600),
+        (["experiment=sort"], 0.999, 60),
+    ],
+)
+def test_problems_are_answered_exactly(tmp_path, arguments, accuracy, seconds):
+    """Held-out problems, whole answers, at the last step; the times are for two cores."""
+    command = [sys.executable, "-m", "gptlab.train", *arguments, "hardware=cpu", "hydra.run.dir=run"]
+    subprocess.run(command, cwd=tmp_path, env=os.environ | THREADS, check=True, timeout=1200)
+    result = summary(tmp_path / "run")
+    assert result["last"]["val/accuracy"] >= accuracy
+    assert result["seconds"] < seconds

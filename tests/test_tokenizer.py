@@ -1,11 +1,24 @@
-"""Characters <-> ids."""
+"""Characters <-> ids, subwords <-> ids: round trips, states, places of what cannot be encoded, and learned vocabularies."""
 
+import base64
+import functools
+import itertools
 import json
+import os
+import subprocess
+import sys
+from collections import Counter
 
 import numpy as np
 import pytest
+import regex
+import tiktoken
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
-from gptlab.tokenizer import CharTokenizer, from_state
+from gptlab.data import bpe
+from gptlab.data.corpora import python_docs
+from gptlab.tokenizer import MAX_VOCAB_SIZE, BPETokenizer, CharTokenizer, from_state, whole_words
 
 TEXT = "Zoë said: “naïve” 🙂\n\ttwice 🙂\u2028"
 
@@ -74,3 +87,346 @@ def test_a_lone_surrogate_is_called_what_it_is():
 def test_foreign_states_are_refused(state):
     with pytest.raises(ValueError):
         from_state(state)
+
+
+# What tokens are cut at, and what only one of Python, Rust and Hugging Face may take for a blank, beside anything else.
+FRAGMENTS = ["a", "the", " the", "'s", "'ll", "don't", "12", "½", "é", "e\u0301", "🙂", "👩‍👩‍👧", "“", "=", " ", "  ", "\t", "\n", "\r\n",
+             "\x0b", "\x1c", "\x1f", "\x85", "\xa0", "\u200b", "\u2028", "\u3000", "\0", "\ufffd", "\ufeff", "<|endoftext|>"]  # fmt: skip
+FRAGMENT_TEXTS = st.lists(st.sampled_from(FRAGMENTS), max_size=30).map("".join)
+TEXTS = (
+    st.text() | FRAGMENT_TEXTS | st.lists(st.text(max_size=5) | st.sampled_from(FRAGMENTS), max_size=10).map("".join)
+)
+DIGITS = "0123456789"
+# The fixtures that hypothesis complains of do not change from one example to the next.
+PROPERTY = settings(max_examples=150, deadline=None, derandomize=True, database=None,
+                    suppress_health_check=[HealthCheck.function_scoped_fixture])  # fmt: skip
+
+
+@functools.cache
+def learned() -> BPETokenizer:
+    """A small vocabulary with tokens that begin with a blank, runs of blanks, and halves of characters."""
+    return bpe.learn([" ".join(FRAGMENTS * 3), "🙂🙃🙁😀 ééèê\n\n\n    x\t\t" * 20], 300)
+
+
+@functools.cache
+def gpt2() -> BPETokenizer:
+    return bpe.gpt2()
+
+
+MAKE = {
+    "char": lambda text: CharTokenizer.from_text(text or "a"),
+    "digits": lambda text: CharTokenizer(DIGITS),
+    "bpe": lambda text: learned(),
+    "gpt2": lambda text: gpt2(),
+}
+
+
+@pytest.fixture(params=MAKE)
+def kind(request):
+    """What makes a tokenizer for a text, and the texts that such a tokenizer is for."""
+    if request.param == "gpt2":
+        request.getfixturevalue("gpt2_files")
+    return MAKE[request.param], st.text(DIGITS) if request.param == "digits" else TEXTS
+
+
+@pytest.fixture(params=["bpe", "gpt2"])
+def subwords(request) -> BPETokenizer:
+    if request.param == "gpt2":
+        request.getfixturevalue("gpt2_files")
+    return MAKE[request.param]("")
+
+
+@PROPERTY
+@given(data=st.data())
+def test_any_text_comes_back_and_its_bytes_are_counted(kind, data):
+    """Bits per byte are right only if the bytes of a text's tokens are the bytes of the text."""
+    make, texts = kind
+    text = data.draw(texts)
+    tokenizer = make(text)
+    ids = tokenizer.encode(text)
+    assert ids.ndim == 1 and ids.dtype == np.min_scalar_type(tokenizer.vocab_size - 1)
+    assert tokenizer.decode(ids.tolist()) == tokenizer.decode(ids) == text
+    sizes = tokenizer.token_bytes()
+    assert sizes.shape == (tokenizer.vocab_size,) and sizes[ids].sum() == len(text.encode())
+
+
+@PROPERTY
+@given(data=st.data())
+def test_a_state_is_json_and_the_same_tokenizer(kind, data):
+    make, texts = kind
+    text = data.draw(texts)
+    tokenizer = make(text)
+    again = _restored(tokenizer)
+    assert again.vocab_size == tokenizer.vocab_size
+    assert type(again) is type(tokenizer) and again.start == tokenizer.start
+    assert again.encode(text).tolist() == tokenizer.encode(text).tolist()
+    assert again.token_bytes().tolist() == tokenizer.token_bytes().tolist()
+    everything = range(tokenizer.vocab_size)
+    assert again.decode(everything) == tokenizer.decode(everything)
+
+
+@functools.lru_cache(maxsize=2)  # GPT-2's takes a tenth of a second
+def _restored(tokenizer):
+    state = tokenizer.state()
+    again = from_state(json.loads(json.dumps(state)))
+    assert again.state() == state
+    return again
+
+
+@PROPERTY
+@given(data=st.data())
+def test_any_ids_decode(kind, data):
+    """A model may write any of its ids, halves of characters in any order; other ids, from anywhere, are U+FFFD."""
+    tokenizer = kind[0]("aé€🙂")
+    known = st.integers(0, tokenizer.vocab_size - 1)
+    ids = data.draw(st.lists(known | st.integers() | st.integers(-2, tokenizer.vocab_size + 1)))
+    text = tokenizer.decode(ids)
+    assert isinstance(text, str)
+    text.encode("utf-8")  # nothing in it that could not be printed
+    if any(not 0 <= i < tokenizer.vocab_size for i in ids):
+        assert "\ufffd" in text
+
+
+@pytest.mark.parametrize("number", [-1, -(10**30), 2**31, 2**63, 10**30])
+def test_ids_that_there_are_not_become_the_replacement_character(kind, number):
+    """-1 must not be taken from the end of the vocabulary."""
+    assert kind[0]("ab").decode([number]) == "\ufffd"
+
+
+def test_parts_of_characters_decode_to_the_replacement_character(subwords):
+    """All beginnings of a smiley, its bytes in the wrong order, and all of them."""
+    ids = [subwords.tokens.index(bytes([byte])) for byte in "🙂".encode()]
+    assert [subwords.decode(ids[:n]) for n in range(5)] == ["", "\ufffd", "\ufffd", "\ufffd", "🙂"]
+    assert subwords.decode(ids[::-1]) == "\ufffd" * 4
+
+
+@PROPERTY
+@given(data=st.data(), surrogate=st.characters(categories=["Cs"]))
+def test_a_lone_surrogate_is_refused_with_its_place(kind, data, surrogate):
+    """The first of them, also where another character stands in for it or a pair of them would make a smiley."""
+    make, texts = kind
+    before, after = data.draw(texts), data.draw(texts)
+    tokenizer = make(before + after)
+    for text in (before + surrogate + after, before + surrogate + "\udc00\ud83d" + after + surrogate):
+        with pytest.raises(ValueError, match=rf"\(at position {len(before)}\) is a lone surrogate") as error:
+            tokenizer.encode(text)
+        assert type(error.value) is ValueError  # not a UnicodeEncodeError, whose message says less
+        str(error.value).encode("utf-8")
+
+
+@PROPERTY
+@given(text=TEXTS, cuts=st.lists(st.integers(0, 200), max_size=8))
+def test_whole_words_can_be_encoded_one_by_one(subwords, text, cuts):
+    """Cut behind the blank, or within a word, a piece would end or begin with other tokens than the whole."""
+    pieces = [text[a:b] for a, b in zip([0, *sorted(cuts)], [*sorted(cuts), None], strict=True)]
+    words = list(whole_words(pieces))
+    assert "".join(words) == text
+    ids = [i for word in words for i in subwords.encode(word).tolist()]
+    assert ids == subwords.encode(text).tolist()
+
+
+def test_whole_words_are_given_as_soon_as_they_are_there():
+    """By hand. Held back until the end, the pieces of a large file would fill the memory."""
+    assert list(whole_words(["one two", " three", "four five"])) == ["one", " two threefour", " five"]
+    assert list(whole_words(["one", " ", "two"])) == ["one two"]
+    assert list(whole_words(["a\n\n", "b c\r\n", "", "d"])) == ["a", "\n\nb c", "\r\nd"]
+    assert list(whole_words([])) == list(whole_words([""])) == []
+
+
+@PROPERTY
+@given(text=TEXTS)
+def test_gpt2s_ids_are_tiktokens(gpt2_files, text):
+    assert gpt2().encode(text).tolist() == _tiktoken().encode_ordinary(text)
+
+
+@functools.cache
+def _tiktoken():
+    return tiktoken.get_encoding("gpt2")
+
+
+def test_gpt2s_vocabulary_is_tiktokens(gpt2_files):
+    ours = gpt2()
+    assert (ours.vocab_size, ours.end_of_text) == (_tiktoken().n_vocab, _tiktoken().eot_token) == (50_257, 50_256)
+    assert ours.tokens == [_tiktoken().decode_single_token_bytes(i) for i in range(50_256)]
+
+
+def test_end_of_text_in_a_text_is_text(subwords):
+    """Taken for the id between documents, a text could end the document that it stands in."""
+    ids = subwords.encode("a<|endoftext|>b")
+    assert subwords.end_of_text == subwords.vocab_size - 1 and subwords.end_of_text not in ids
+    assert subwords.decode(ids) == "a<|endoftext|>b"
+    assert subwords.decode([subwords.end_of_text]) == "<|endoftext|>"
+    assert subwords.token_bytes()[subwords.end_of_text] == 0
+
+
+@pytest.mark.parametrize("text", [" ", "\n", "\x1c", "a", "é"])
+def test_a_million_of_the_same(subwords, text):
+    """tiktoken itself crashes at a million blanks before a word."""
+    text = "word" + text * 1_000_000 + "word"
+    ids = subwords.encode(text)
+    assert subwords.decode(ids) == text and subwords.token_bytes()[ids].sum() == len(text.encode())
+
+
+def test_a_lone_surrogate_behind_many_blanks_has_its_place(subwords):
+    """Where the text is encoded in parts."""
+    for at in (400_000, 500_000, 1_000_000):
+        with pytest.raises(ValueError, match=rf"\(at position {at + 1}\) is a lone surrogate"):
+            subwords.encode("é" + " " * at + "\ud800 \udc00")
+
+
+def test_many_blanks_are_tiktokens_as_long_as_it_does_not_crash(gpt2_files):
+    text = " " * 400_000 + "b"
+    assert gpt2().encode(text).tolist() == _tiktoken().encode_ordinary(text)
+
+
+def bpe_state(*changes: bytes) -> dict:
+    """The 256 bytes and further tokens; `b"old>new"` replaces one of them."""
+    tokens = [bytes([i]) for i in range(256)]
+    for change in changes:
+        old, _, new = change.rpartition(b">")
+        tokens = [new if token == old else token for token in tokens] if old else [*tokens, new]
+    return {"type": "bpe", "tokens": " ".join(base64.b64encode(token).decode() for token in tokens)}
+
+
+def test_the_smallest_bpe_state():
+    """The states below are refused for what they change in this one."""
+    assert from_state(bpe_state()).vocab_size == 257
+    assert from_state(bpe_state(b"ab", b"c>abc", b"abc>c")).tokens[256] == b"ab"
+
+
+@pytest.mark.parametrize(
+    ("state", "message"),
+    [
+        (None, "must be a mapping, not NoneType"),
+        ([], r"must be a mapping, not list"),
+        ({}, "must be a mapping, not NoneType"),
+        ({"type": ["bpe"]}, r"unknown tokenizer \['bpe'\]"),
+        ({"type": "BPE"}, "unknown tokenizer 'BPE'; known: char, bpe"),
+        ({"type": "char"}, "must be a string of at least one character, none twice"),
+        ({"type": "char", "chars": ""}, "at least one character"),
+        ({"type": "char", "chars": "aba"}, "none twice"),
+        ({"type": "char", "chars": ["a", "b"]}, "must be a string"),
+        ({"type": "char", "chars": 7}, "must be a string"),
+        ({"type": "bpe"}, "must be a string of tokens in base64, not NoneType"),
+        ({"type": "bpe", "tokens": ["YQ=="]}, "not list"),
+        ({"type": "bpe", "tokens": 300}, "not int"),
+        ({"type": "bpe", "tokens": ""}, "256 to 1,048,575 tokens, not 1$"),
+        ({"type": "bpe", "tokens": "YQ== YQ"}, "damaged: Incorrect padding"),
+        ({"type": "bpe", "tokens": "YQ==\nYg=="}, "damaged"),
+        ({"type": "bpe", "tokens": "YQ== é"}, "damaged: .*ASCII"),
+        ({"type": "bpe", "tokens": "YQ== \ud800"}, "damaged: .*ASCII"),
+        (bpe_state(b"ab", b"cd", b"ab"), "must have no token twice"),
+        (bpe_state(b"b>a"), "must have no token twice"),
+        (bpe_state(b"a>ab"), "must have every single byte, and lacks b'a'"),
+        (bpe_state(b"\xff>ab"), r"lacks b'\\xff'"),
+    ],
+)
+def test_each_foreign_state_is_refused_for_what_it_is(state, message):
+    with pytest.raises(ValueError, match=message) as error:
+        from_state(state)
+    assert type(error.value) is ValueError
+
+
+def test_absurdly_large_states_are_refused():
+    tokens = [bytes([i]) for i in range(256)] + [i.to_bytes(3, "big") for i in range(MAX_VOCAB_SIZE - 256)]
+    text = " ".join(base64.b64encode(token).decode() for token in tokens)
+    with pytest.raises(ValueError, match="256 to 1,048,575 tokens, not 1,048,576"):
+        from_state({"type": "bpe", "tokens": text})
+
+
+@pytest.mark.parametrize("vocab_size", [257, 258, 300, 1024])
+def test_a_learned_vocabulary_has_the_size_that_was_asked_for(vocab_size):
+    tokenizer = bpe.learn([python_docs()[:100_000]], vocab_size)
+    assert tokenizer.vocab_size == vocab_size == len(tokenizer.tokens) + 1
+    assert set(tokenizer.tokens[:256]) == {bytes([i]) for i in range(256)}
+    earlier = set(tokenizer.tokens[:256])
+    for token in tokenizer.tokens[256:]:
+        assert any({token[:i], token[i:]} <= earlier for i in range(1, len(token))), token
+        earlier.add(token)
+    if vocab_size == 1024:  # it is of use: half as many tokens as bytes, also on what was not learned from
+        text = python_docs()[200_000:300_000]
+        assert len(tokenizer.encode(text)) < 0.5 * len(text.encode())
+
+
+def test_merges_by_hand():
+    """The pairs of " xyz xyz xyz xy xy x y": " x" 6 times, "xy" 5, "yz" 3, " y" once; after the first merge " x"+"y" 5
+    and "yz" 3; then " xy"+"z" 3 and " y" once; then " y" alone is left, and after it nothing."""
+    text = " xyz xyz xyz xy xy x y"
+    merges = [b" x", b" xy", b" xyz", b" y"]
+    for count in range(5):
+        assert bpe.learn([text], 257 + count).tokens[256:] == merges[:count]
+    with pytest.raises(ValueError, match="vocab_size=262: the text yields no more than 261 tokens"):
+        bpe.learn([text], 262)
+
+
+def test_the_most_frequent_pair_is_merged_first():
+    """Against counting the pairs of a real text anew before each merge; where several are the most frequent, any."""
+    text = python_docs()[:5_000]
+    tokens = bpe.learn([text], 257 + 60).tokens
+    words = [[bytes([i]) for i in word.encode()] for word in regex.findall(BPETokenizer.PATTERN, text)]
+    for token in tokens[256:]:
+        pairs = [pair for word in words for pair in itertools.pairwise(word)]
+        count = Counter(pairs)
+        best = [pair for pair in count if count[pair] == max(count.values())]
+        pair = next(pair for pair in best if pair[0] + pair[1] == token)
+        words = [_merged(word, pair) for word in words]
+
+
+def _merged(word: list[bytes], pair: tuple[bytes, bytes]) -> list[bytes]:
+    new = []
+    for token in word:
+        if new and (new[-1], token) == pair:
+            new[-1] += token
+        else:
+            new.append(token)
+    return new
+
+
+def test_lone_blanks():
+    """In the words of test_merges_by_hand: the last blank before a word belongs to it, others stand alone."""
+    tokenizer = bpe.learn([" xyz xyz xyz xy xy x y"], 261)
+
+    def tokens(text):
+        return [tokenizer.tokens[i] for i in tokenizer.encode(text)]
+
+    assert tokens(" ") == [b" "] and tokens("\t") == [b"\t"]
+    assert tokens("  xy") == [b" ", b" xy"] and tokens(" xy ") == [b" xy", b" "]
+    assert tokens("   ") == [b" "] * 3 and tokens(" \n x") == [b" ", b"\n", b" x"]
+
+
+@pytest.mark.parametrize("size", [1, 3, 1000, 50_000])
+def test_the_same_text_gives_the_same_tokens_in_whatever_pieces(size):
+    text = python_docs()[:50_000]
+    pieces = (text[i : i + size] for i in range(0, len(text), size))
+    assert bpe.learn(pieces, 700).tokens == bpe.learn([text], 700).tokens
+
+
+def test_the_same_text_gives_the_same_tokens_in_another_process():
+    """With other hash seeds and another number of threads."""
+    code = (
+        "from gptlab.data import bpe; from gptlab.data.corpora import python_docs; "
+        "print(bpe.learn([python_docs()[:50_000]], 700).state()['tokens'])"
+    )
+    environment = os.environ | {"RAYON_NUM_THREADS": "3", "PYTHONHASHSEED": "1"}
+    shown = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert shown.stdout.strip() == bpe.learn([python_docs()[:50_000]], 700).state()["tokens"]
+
+
+@pytest.mark.parametrize("vocab_size", [-1, 0, 1, 256, MAX_VOCAB_SIZE + 1, 10**30])
+def test_vocabularies_that_cannot_be_meant(vocab_size):
+    """Before anything is read."""
+
+    def text():
+        raise AssertionError("read")
+        yield ""
+
+    with pytest.raises(ValueError, match=rf"vocab_size={vocab_size}: it must be 257 .* to 1,048,576"):
+        bpe.learn(text(), vocab_size)
+
+
+@pytest.mark.parametrize("text", ["", "a", "abcdefg"])
+def test_more_tokens_than_a_text_yields(text):
+    most = 257 + max(len(text) - 1, 0)
+    with pytest.raises(ValueError, match=rf"vocab_size=1000: the text yields no more than {most} tokens"):
+        bpe.learn([text], 1000)
+    assert bpe.learn([text], most).vocab_size == most

@@ -55,7 +55,8 @@ class ExactMatch(L.Callback):
             with trainer.precision_plugin.forward_context():
                 given = [*problem[: data.n_question].tolist(), *(int(next_id) for next_id in new)]
             question, right = data.written(problem.tolist())
-            log.info("    %s%s, not %s", question, right, data.written(given)[1])
+            if (wrong := data.written(given)[1]) != right:  # the same, where rounding decides between two symbols
+                log.info("    %s%s, not %s", question, right, wrong)
 
     def _tensors(self, device: torch.device) -> tuple[Tensor, Tensor]:
         return (

@@ -55,7 +55,7 @@ def learn(pieces: Iterable[str], vocab_size: int) -> BPETokenizer:
         ValueError: a vocabulary too small for the bytes, absurdly large, or larger than the text allows.
     """
     if not 257 <= vocab_size <= MAX_VOCAB_SIZE:
-        raise ValueError(f"data.vocab_size={vocab_size}: it must be 257 (bytes and end of text) to {MAX_VOCAB_SIZE:,}")
+        raise ValueError(f"vocab_size={vocab_size}: it must be 257 (bytes and end of text) to {MAX_VOCAB_SIZE:,}")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # unset, it would warn of worker processes started later
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
@@ -67,7 +67,7 @@ def learn(pieces: Iterable[str], vocab_size: int) -> BPETokenizer:
     ids = tokenizer.get_vocab()
     if len(ids) + 1 < vocab_size:
         raise ValueError(
-            f"data.vocab_size={vocab_size}: the text yields no more than {len(ids) + 1} tokens; take at most that many"
+            f"vocab_size={vocab_size}: the text yields no more than {len(ids) + 1} tokens; take at most that many"
         )
     byte_of = _byte_of_character()
     return BPETokenizer([bytes(byte_of[char] for char in token) for token in sorted(ids, key=ids.get)])

@@ -9,7 +9,7 @@ import os
 import re
 import shlex
 import stat
-import time
+import threading
 import urllib.request
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -220,14 +220,23 @@ def download(url: str, checksum: str, to: Path, *, timeout: float = 10.0, deadli
     """
     if to.exists() and digest(to.read_bytes()) == checksum:
         return
-    started = time.monotonic()
-    chunks = []
-    with urllib.request.urlopen(url, timeout=timeout) as response:
-        while chunk := response.read1(1 << 16):  # read() would wait for the whole
-            chunks.append(chunk)
-            if time.monotonic() - started > deadline:
-                raise TimeoutError(f"not finished after {deadline:.0f} seconds")
-    content = b"".join(chunks)
+    answer: list[bytes | BaseException] = []
+    # In a thread: its start and each single answer may be slow in ways that no timeout of urllib's covers.
+    thread = threading.Thread(target=_read_url, args=(url, timeout, answer), daemon=True)
+    thread.start()
+    thread.join(deadline)
+    if not answer:
+        raise TimeoutError(f"not finished after {deadline:.0f} seconds")
+    if isinstance(content := answer[0], BaseException):
+        raise content
     if digest(content) != checksum:
         raise OSError(f"the file there has SHA-256 {digest(content)}, not the expected {checksum}")
     write_atomic(to, content)
+
+
+def _read_url(url: str, timeout: float, answer: list) -> None:
+    try:
+        with urllib.request.urlopen(url, timeout=timeout) as response:
+            answer.append(response.read())
+    except BaseException as error:
+        answer.append(error)

@@ -27,7 +27,7 @@ class TokenFile(np.memmap):
 
     def __reduce__(self) -> Any:
         """A worker process opens the file: it is not to be sent to it."""
-        whole = self.ndim == 1 and self.nbytes == os.path.getsize(self.filename)
+        whole = self.filename and self.ndim == 1 and self.nbytes == os.path.getsize(self.filename)
         return (TokenFile, (self.filename, self.dtype, "r")) if whole else super().__reduce__()
 
 
@@ -86,7 +86,7 @@ def read_meta(folder: Path, kind: str | None) -> dict[str, Any]:
             tokens, sha256 = meta[split]["tokens"], meta[split]["sha256"]
             if type(tokens) is not int or type(sha256) is not str:
                 raise ValueError(f"{split}: tokens={tokens!r}, sha256={sha256!r}")
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{file} is damaged ({type(error).__name__}: {error}); prepare the folder anew") from None
     if kind == "gpt2" and vocab_size != 50257:
         raise ValueError(

@@ -162,7 +162,7 @@ def _read_parquet(part: Part, text_key: str) -> Iterator[str | None]:
                 except UnicodeDecodeError:
                     text = None
                 yield text if isinstance(text, str) else None
-    except (pyarrow.ArrowException, OSError):  # the rest of the row group
+    except (pyarrow.ArrowException, OSError, IndexError):  # the rest of the row group; IndexError: no such column
         yield from [None] * left
 
 
@@ -269,7 +269,8 @@ def prepare(
     work.mkdir(parents=True, exist_ok=True)
     with _alone(work / "lock", wait), _room_explained(out):
         if not (out / "train.bin").exists():
-            job = [parts, [os.stat(part.file).st_mtime_ns for part in parts if part.file], tokenizer.state(), text_key]
+            times = [os.stat(part.file).st_mtime_ns for part in parts if part.file]
+            job = [parts, times, getattr(dataset, "_fingerprint", None), tokenizer.state(), text_key]
             state = _first_pass(work, _digest(job), parts, tokenizer, text_key, dataset, processes)
             _second_pass(out, work, state, tokenizer, source, val_share, split_seed)
         shutil.rmtree(work, ignore_errors=True)
@@ -333,7 +334,7 @@ def _first_pass(
         with bar:
             for i, (part, encoded) in enumerate(zip(left, encode_all(left, processes, *encoder), strict=True)):
                 if i == 0:
-                    if encoded.unreadable and not encoded.documents:
+                    if encoded.unreadable and not encoded.documents and state.parts == 0 and part.kind != "text":
                         raise ValueError(
                             f"none of the first {encoded.unreadable} rows of {part.file or 'the data set'} has text under "
                             f"text_key={text_key}: give another text_key"
@@ -398,8 +399,8 @@ def _second_pass(
         "split_seed": split_seed,
         "unreadable": state.unreadable,
     }
-    write_json(out / "meta.json", meta)
-    for name in ("val.bin", "train.bin"):
+    write_json(work / "meta.json", meta)
+    for name in ("meta.json", "val.bin", "train.bin"):
         os.replace(work / name, out / name)
 
 

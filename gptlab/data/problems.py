@@ -69,6 +69,8 @@ class ProblemData(WindowData):
     def setup(self, stage: str | None = None) -> None:
         if not hasattr(self, "record"):
             self.held_out = self._find_held_out()
+            if not len(self.held_out):
+                raise ValueError(f"data={self.name}: of so few problems none is held out; ask for larger ones")
             kept = json.dumps([type(self).__name__, self.held_out.tolist()])  # the problems are the data's identity
             self.record = {"name": self.name, "sha256": hashlib.sha256(kept.encode()).hexdigest()}
         self.checked = True
@@ -101,7 +103,8 @@ class ProblemData(WindowData):
         symbols = self.tokenizer.vocab_size
         if symbols**self.n_question <= LIST_ALL:
             questions = np.indices((symbols,) * self.n_question).reshape(self.n_question, -1).T
-            return self._complete(questions[self.is_held_out(questions)])
+            questions = questions[self.is_held_out(questions)]
+            return self._complete(questions[_hash(questions).argsort()])  # the first few are to be any
         found, count = np.empty((0, self.n_question), dtype=np.int64), 2 * HELD_OUT
         for first in itertools.count(0, count):
             drawn = self._draw(2**127, first, count)  # a key that no seed has
@@ -202,7 +205,7 @@ class SortData(ProblemData):
 def _hash(rows: np.ndarray) -> np.ndarray:
     """A number of 64 bits for each row of (N, n) small integers, as good as random: SplitMix64's mixing of bits (Steele,
     Lea and Flood 2014), once for each column."""
-    state = np.zeros(len(rows), dtype=np.uint64)
+    state = np.full(len(rows), 133, dtype=np.uint64)  # 133: about a tenth is held out even of 100 problems
     for column in rows.T.astype(np.uint64):
         state = (state ^ column) + np.uint64(0x9E3779B97F4A7C15)
         state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)

@@ -1,0 +1,477 @@
+"""Token files: read without being loaded, and refused with one clear error where they are not what they seem."""
+
+import functools
+import hashlib
+import itertools
+import json
+import os
+import pickle
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import write_token_files
+from torch.utils.data import DataLoader
+
+from gptlab.data import bpe, memmap, windows
+from gptlab.data.memmap import MemmapData, PythonStdlibData, TokenFile, stdlib_files
+from gptlab.data.windows import StepsFrom
+from gptlab.tokenizer import BPETokenizer, CharTokenizer
+
+FILES = ("train.bin", "val.bin", "meta.json")
+
+
+def memmap_data(folder: Path, kind: str | None = None, **changes) -> MemmapData:
+    defaults = {"seed": 1, "name": "ids", "block_size": 8, "batch_size": 4}
+    data = MemmapData(path=str(folder), tokenizer=kind, **{**defaults, **changes})
+    data.prepare_data()
+    data.setup("fit")
+    return data
+
+
+@functools.cache
+def gpt2_sized() -> BPETokenizer:
+    """As many tokens as GPT-2 has; which they are does not matter here."""
+    pairs = (bytes(pair) for pair in itertools.product(range(256), repeat=2))
+    return BPETokenizer([*(bytes([i]) for i in range(256)), *itertools.islice(pairs, 50_000)])
+
+
+@pytest.fixture
+def prepared(tmp_path) -> Path:
+    """A folder as scripts/prepare_openwebtext.py makes it."""
+    write_token_files(tmp_path / "ids")
+    return tmp_path / "ids"
+
+
+@pytest.fixture
+def nanogpts(tmp_path, monkeypatch) -> Path:
+    """A folder as nanoGPT's scripts make it: no meta.json."""
+    monkeypatch.setattr(bpe, "gpt2", gpt2_sized)
+    for name, count in (("train", 900), ("val", 90)):
+        ids = np.random.default_rng(count).integers(0, 3000, count)
+        ids[:3] = (50256, 0, 40000)
+        ids.astype("<u2").tofile(tmp_path / f"{name}.bin")
+    return tmp_path
+
+
+def batches(data: MemmapData, count: int, workers: int = 0, start: str | None = None) -> torch.Tensor:
+    """Of the first steps, and of the validation."""
+    steps = DataLoader(
+        data.train_steps(0, 1),
+        sampler=StepsFrom(0, count),
+        batch_size=None,
+        num_workers=workers,
+        multiprocessing_context=start,
+    )
+    validation = data.val_batches(4, 0, 1)
+    return torch.cat([*steps, *(validation[k][0] for k in range(len(validation)))])
+
+
+# --- what is read
+
+
+def test_a_prepared_folder(prepared):
+    data = memmap_data(prepared)
+    meta = json.loads((prepared / "meta.json").read_text())
+    for ids, split in ((data.train_ids, "train"), (data.val_ids, "val")):
+        content = (prepared / f"{split}.bin").read_bytes()
+        assert isinstance(ids, TokenFile) and not ids.flags.writeable
+        assert ids.tobytes() == content and len(ids) == meta[split]["tokens"]
+    assert data.tokenizer.state() == meta["tokenizer"]
+    assert "green bottles, hanging on the wall" in data.tokenizer.decode(data.train_ids)
+    train, val = (hashlib.sha256((prepared / name).read_bytes()).hexdigest() for name in FILES[:2])
+    assert data.record == {"name": "ids", "sha256": train, "val_sha256": val}
+    assert data.resolved == {"path": str(prepared.resolve())}
+
+
+def test_a_folder_of_nanogpts(nanogpts):
+    data = memmap_data(nanogpts, "gpt2")
+    assert data.tokenizer.vocab_size == 50257
+    assert data.train_ids[:3].tolist() == [50256, 0, 40000]
+    assert batches(data, 3).max() < 50257
+
+
+def test_gpt2s_own_vocabulary(tmp_path, gpt2_files):
+    text = "To be, or not to be: that is the question."
+    ids = bpe.gpt2().encode(text * 9)
+    for name in FILES[:2]:
+        ids.astype("<u2").tofile(tmp_path / name)
+    assert memmap_data(tmp_path, "gpt2").tokenizer.decode(ids) == text * 9
+
+
+def test_ids_are_little_endian_everywhere(prepared):
+    """The type says so itself: on a machine of the other kind numpy turns the bytes round."""
+    ids = memmap_data(prepared).train_ids
+    first = (prepared / "train.bin").read_bytes()[:2]
+    assert ids.dtype == np.dtype("<u2") and ids[0] == first[0] + 256 * first[1]
+
+
+def test_the_file_is_not_sent_to_workers(prepared):
+    """What a worker gets is the file's name: of 50 GB, nothing else would do. Parts and copies are sent as they are."""
+    ids = memmap_data(prepared).train_ids
+    sent = pickle.dumps(ids)
+    assert len(sent) < 1000 < ids.nbytes
+    again = pickle.loads(sent)
+    assert isinstance(again, TokenFile) and not again.flags.writeable and again.tolist() == ids.tolist()
+    for part in (ids[3:9], ids[np.array([5, 2])], ids.astype(np.int64)):
+        assert pickle.loads(pickle.dumps(part)).tolist() == part.tolist()
+    assert len(pickle.dumps(memmap_data(prepared).train_steps(0, 1))) < 3000
+
+
+@pytest.mark.parametrize(("workers", "start"), [(2, None), (1, "spawn")])
+def test_workers_read_the_same_stream(workers, start, prepared):
+    data = memmap_data(prepared)
+    assert torch.equal(batches(data, 12, workers, start), batches(data, 12))
+
+
+READING = """
+import re, sys
+from pathlib import Path
+from gptlab.data.memmap import open_ids
+from gptlab.data.windows import Ids, TrainSteps
+
+def anonymous():
+    return int(re.search(r"RssAnon:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
+
+before = anonymous()
+steps = TrainSteps(Ids(open_ids(Path(sys.argv[1]), 50257, None), 50257), 1024, 12, 1, 0, 1)
+for step in range(2000):
+    steps[step]
+print(anonymous() - before)
+"""
+
+
+@pytest.mark.skipif(
+    not Path("/proc/self/status").exists(), reason="tells a process's own memory from the system's cache"
+)
+def test_reading_takes_no_memory_of_its_own(tmp_path):
+    """200 MB, of which 2,000 batches touch a fifth; what stays in memory of it is the system's to drop."""
+    with open(tmp_path / "ids.bin", "wb") as file:
+        file.truncate(200_000_000)
+    command = [sys.executable, "-c", READING, tmp_path / "ids.bin"]
+    environment = os.environ | {"PYTHONPATH": str(Path(memmap.__file__).parents[2])}
+    grown = int(subprocess.run(command, check=True, capture_output=True, env=environment, timeout=60).stdout)
+    assert grown < 8_000, f"{grown} kB"
+
+
+# --- what is refused
+
+
+def refused(folder: Path, said: str, kind: str | None = None, error: type[Exception] = ValueError) -> None:
+    with pytest.raises(error, match=said) as caught:
+        memmap_data(folder, kind)
+    assert len(str(caught.value)) < 500 and "\n" not in str(caught.value)
+
+
+def test_nothing_there(tmp_path, prepared, monkeypatch):
+    refused(tmp_path / "none", "none holds no train.bin and no val.bin; prepare", error=FileNotFoundError)
+    (prepared / "val.bin").unlink()
+    refused(prepared, r"ids holds no val.bin; prepare", error=FileNotFoundError)
+    (prepared / ".partial").mkdir()
+    refused(prepared, "its preparation has not come to its end", error=FileNotFoundError)
+    monkeypatch.setenv("GPTLAB_DATA", str(tmp_path / "data"))
+    with pytest.raises(FileNotFoundError, match=r"data.path is not given, and .*openwebtext holds no train.bin"):
+        MemmapData(seed=1, name="ids", block_size=8, batch_size=4).prepare_data()
+
+
+def test_without_meta_the_tokenizer_must_be_said(nanogpts):
+    refused(nanogpts, "no meta.json .*data.tokenizer=gpt2")
+    (nanogpts / "meta.pkl").write_bytes(b"...")
+    refused(nanogpts, "looks like nanoGPT's characters: train on the text itself")
+
+
+def test_gpt2_was_said_of_another_vocabulary(prepared):
+    refused(prepared, "data.tokenizer=gpt2, but .*meta.json says that it is one of 300 tokens", kind="gpt2")
+
+
+@pytest.mark.parametrize("name", ["train.bin", "val.bin"])
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda content: b"", "is empty"),
+        (lambda content: content[:-1], "has .* bytes, and meta.json says .* cut off or another file"),
+        (lambda content: content[:-2], "has .* bytes, and meta.json says .* cut off or another file"),
+        (lambda content: content + content, "has .* bytes, and meta.json says .* cut off or another file"),
+        (lambda content: content[:-2] + b"\0\0", "has SHA-256 .* and meta.json says .* changed"),
+        (lambda content: bytes(len(content)), "has SHA-256 .* and meta.json says .* changed"),
+    ],
+)
+def test_files_that_meta_json_does_not_know(name, change, said, prepared):
+    content = (prepared / name).read_bytes()
+    (prepared / name).write_bytes(change(content))
+    refused(prepared, f"{name} {said}")
+
+
+def npy(file: Path) -> None:
+    with open(file, "wb") as opened:
+        np.save(opened, np.arange(300, dtype=np.uint16))
+
+
+@pytest.mark.parametrize("name", ["train.bin", "val.bin"])
+@pytest.mark.parametrize(
+    ("write", "said"),
+    [
+        (lambda file: file.write_bytes(b""), "is empty"),
+        (lambda file: file.write_bytes(file.read_bytes()[:-1]), "no multiple of the 2 of an id"),
+        (lambda file: file.write_text("To be, or not to be.\n" * 9), "is text, not raw token ids"),
+        (lambda file: file.write_text("Быть или не быть?\n" * 9, "utf-8"), "is text, not raw token ids"),
+        (lambda file: torch.save(torch.arange(100), file), "is a zip or PyTorch file, not raw token ids"),
+        (npy, "is a NumPy file, not raw token ids"),
+        (lambda file: file.write_bytes(b"\x1f\x8b\x08" + bytes(99)), "is compressed with gzip"),
+        (lambda file: file.write_bytes(b"PAR1" + bytes(99)), "is a Parquet file"),
+        (lambda file: np.array([20240520, 1, 300] + [0] * 253, "<i4").tofile(file), "llm.c, with a header"),
+        (
+            lambda file: np.array([50257, 0] * 50, "<u2").tofile(file),
+            "token id 50257 is outside the vocabulary of 50257",
+        ),
+        (lambda file: np.arange(8, dtype="<u2").tofile(file), "split has 8 tokens, and data.block_size=8 needs"),
+    ],
+)
+def test_files_that_are_no_token_ids(name, write, said, nanogpts):
+    write(nanogpts / name)
+    refused(nanogpts, said, kind="gpt2")
+
+
+def edit(folder: Path, *keys: str, value) -> None:
+    meta = json.loads((folder / "meta.json").read_text())
+    place = functools.reduce(dict.__getitem__, keys[:-1], meta)
+    if value is edit:
+        del place[keys[-1]]
+    else:
+        place[keys[-1]] = value
+    (folder / "meta.json").write_text(json.dumps(meta))
+
+
+@pytest.mark.parametrize(
+    ("keys", "value", "said"),
+    [
+        (("dtype",), "uint32", "damaged .*dtype 'uint32' is not that of a vocabulary of 300 tokens"),
+        (("dtype",), edit, "damaged .*dtype"),
+        (("tokenizer",), CharTokenizer("abc").state(), "damaged .*'uint16' is not that of a vocabulary of 3 tokens"),
+        (("tokenizer",), BPETokenizer([bytes([i]) for i in range(256)]).state(), "outside the vocabulary of 257"),
+        (("tokenizer",), "bpe", "damaged"),
+        (("tokenizer",), "char", "damaged"),
+        (("tokenizer",), None, "damaged"),
+        (("tokenizer",), {"type": "bpe", "tokens": "YQ== YQ=="}, "damaged"),
+        (("tokenizer",), edit, "damaged .*tokenizer"),
+        (("train", "tokens"), 1, "train.bin has .* bytes, and meta.json says 1 tokens of 2 bytes"),
+        (("val", "tokens"), -1, "val.bin has .* bytes, and meta.json says -1 tokens of 2 bytes"),
+        (("val", "tokens"), "7", "damaged .*val: tokens='7'"),
+        (("val", "tokens"), 7.0, "damaged .*val: tokens=7.0"),
+        (("val", "tokens"), True, "damaged .*val: tokens=True"),
+        (("train", "tokens"), edit, "damaged .*tokens"),
+        (("train", "sha256"), "0" * 64, "train.bin has SHA-256 .* and meta.json says 0000"),
+        (("val", "sha256"), "", "val.bin has SHA-256"),
+        (("val", "sha256"), None, "damaged .*sha256=None"),
+        (("val",), [], "damaged"),
+        (("val",), edit, "damaged .*val"),
+    ],
+)
+def test_a_meta_json_that_contradicts(keys, value, said, prepared):
+    edit(prepared, *keys, value=value)
+    refused(prepared, said)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b"3", b'"text"', b"\xff\xfe", b"[" * 200_000, b"{}"])
+def test_a_meta_json_that_is_none(content, prepared):
+    (prepared / "meta.json").write_bytes(content)
+    refused(prepared, "meta.json is damaged .*prepare the folder anew")
+
+
+def test_large_files_are_sampled_and_checked_where_they_are_read(nanogpts, monkeypatch):
+    """Beyond a size, only stretches are looked at before training: an id outside the vocabulary in between is found when
+    it is read; one at the start is seen at once."""
+    look = windows.id_range
+    monkeypatch.setattr(windows, "id_range", lambda ids: look(ids[:: len(ids) - 1]))  # the first and the last
+    ids = np.zeros(10_000, "<u2")
+    ids[5000] = 60_000
+    ids.tofile(nanogpts / "train.bin")
+    data = memmap_data(nanogpts, "gpt2")
+    steps = data.train_steps(0, 1)
+    with pytest.raises(
+        ValueError, match="token 5,000 of the data is 60000, outside the vocabulary of 50257: the file is"
+    ):
+        for step in range(5000):
+            assert steps[step].max() == 0
+    ids[0] = 50257
+    ids.tofile(nanogpts / "train.bin")
+    refused(nanogpts, "token id 50257 is outside the vocabulary", kind="gpt2")
+
+
+def test_the_sample_of_a_large_file_reaches_its_end(tmp_path):
+    """1 GiB, which takes next to nothing on the disk."""
+    with open(tmp_path / "ids.bin", "wb") as file:
+        file.truncate(1 << 30)
+        file.seek(-2, os.SEEK_END)
+        file.write(np.array([60_000], "<u2").tobytes())
+    assert windows.id_range(TokenFile(tmp_path / "ids.bin", "<u2", "r")) == (0, 60_000)
+
+
+@pytest.mark.parametrize("with_meta", [True, False])
+def test_the_checksum_of_a_large_file(with_meta, nanogpts, monkeypatch):
+    """It is that of meta.json, or of the size and of pieces spread over the file, both of its ends among them."""
+    monkeypatch.setattr(memmap, "READ_WHOLE", 4 << 20)  # four pieces
+    ids = np.zeros(10 << 20, "<u2")
+    said = {"sha256": "as it says"} if with_meta else None
+
+    def checksum() -> str:
+        ids.tofile(nanogpts / "train.bin")
+        return memmap.check_sha256(TokenFile(nanogpts / "train.bin", "<u2", "r"), said)
+
+    first = checksum()
+    assert first == checksum() and (first == "as it says") == with_meta
+    for at in (0, -1):
+        ids[at] = 1
+        assert (checksum() == first) == with_meta
+        ids[at] = 0
+    ids = ids[:-1]
+    assert (checksum() == first) == with_meta
+
+
+# --- the standard library's source
+
+
+def test_the_standard_library_is_prepared_once(tmp_path, monkeypatch):
+    few = [file for file in stdlib_files() if file.parent.name == "json"] + stdlib_files()[:20]
+    monkeypatch.setattr(memmap, "stdlib_files", lambda: few)
+
+    def attempt() -> tuple[PythonStdlibData, dict[str, int]]:
+        windows = {"seed": 1, "name": "stdlib", "block_size": 8, "batch_size": 4}
+        data = PythonStdlibData(vocab_size=400, folder=str(tmp_path), **windows)
+        data.prepare_data()
+        data.setup("fit")
+        assert sorted(os.listdir(data.path)) == sorted(FILES) and data.resolved == {"folder": str(tmp_path.resolve())}
+        return data, {name: (Path(data.path) / name).stat().st_mtime_ns for name in FILES}
+
+    data, written = attempt()
+    text = data.tokenizer.decode(data.train_ids) + data.tokenizer.decode(data.val_ids)
+    assert sorted(text.split("<|endoftext|>")[:-1]) == sorted(file.read_bytes().decode() for file in few)
+    again, still = attempt()
+    assert still == written and again.record == data.record and len(os.listdir(tmp_path)) == 1
+    few.pop()  # another Python: not to be mixed up with this one
+    other, _ = attempt()
+    assert other.path != data.path and other.record != data.record
+
+
+def test_the_standard_library_is_source_code():
+    files = stdlib_files()
+    assert {"argparse.py", "random.py"} <= {file.name for file in files}
+    assert not any({"site-packages", "test", "tests"} & set(file.parts[-4:-1]) for file in files)
+
+
+# --- fuzzing
+
+
+def small_folder(rng: random.Random) -> dict[str, bytes]:
+    """A valid one: characters, the single bytes, or nanoGPT's kind; with or without meta.json."""
+    kind = rng.choice(["char", "bpe", "none"])
+    vocab = {"char": CharTokenizer("abcdefgh"), "bpe": BPETokenizer([bytes([i]) for i in range(256)])}.get(kind)
+    dtype = "u1" if kind == "char" else "<u2"
+    files, meta = {}, {"format": 1, "dtype": np.dtype(dtype).name}
+    for split in ("train", "val"):
+        ids = np.array([rng.randrange(vocab.vocab_size if vocab else 50257) for _ in range(rng.randint(9, 60))], dtype)
+        files[f"{split}.bin"] = ids.tobytes()
+        meta[split] = {"tokens": len(ids), "sha256": hashlib.sha256(ids.tobytes()).hexdigest()}
+    if vocab:
+        files["meta.json"] = json.dumps({**meta, "tokenizer": vocab.state()}).encode()
+    return files
+
+
+def mutated(content: bytes, rng: random.Random) -> bytes:
+    """One small change: a bit or a byte, a piece lost, doubled or cut off."""
+    at, size = rng.randrange(len(content) + 1), rng.choice([1, 1, 2, 3, 20])
+    change = rng.choice(["bit", "byte", "digit", "lost", "doubled", "cut"])
+    if change == "cut":
+        return content[:at]
+    if change == "lost":
+        return content[:at] + content[at + size :]
+    if change == "doubled":
+        return content[: at + size] + content[at:]
+    old = content[at : at + 1] or b"\0"
+    new = {
+        "bit": old[0] ^ (1 << rng.randrange(8)),
+        "byte": rng.randrange(256),
+        "digit": rng.choice(b'0123456789"{}[],-e'),
+    }
+    return content[:at] + bytes([new[change]]) + content[at + 1 :]
+
+
+def recut(meta: bytes, rng: random.Random) -> bytes:
+    """The same JSON with one of its values replaced by another kind of value."""
+    value = json.loads(meta)
+    place = rng.choice([value, value["train"], value["val"], value["tokenizer"]])
+    other = [
+        None,
+        True,
+        -1,
+        0,
+        1.5,
+        10**30,
+        "",
+        "char",
+        "bpe",
+        [],
+        {},
+        [[]],
+        {"type": "char"},
+        "\ud800",
+        "a b",
+        "uint8",
+    ]
+    place[rng.choice(list(place))] = rng.choice(other)
+    return json.dumps(value).encode()
+
+
+def unlike(rng: random.Random) -> bytes:
+    """Bytes of no sense, or of another one."""
+    pieces = [
+        b"{",
+        b"}",
+        b'"train"',
+        b":",
+        b"[",
+        b"1",
+        b"null",
+        b'"tokenizer"',
+        b"\xff",
+        b"PK",
+        b"\0\0",
+        b"text ",
+        b",",
+        b"\n",
+    ]
+    return rng.choice([rng.randbytes(rng.randrange(200)), b"".join(rng.choices(pieces, k=rng.randrange(40)))])
+
+
+@pytest.mark.parametrize(("seed", "count"), [(1, 10_000), pytest.param(2, 100_000, marks=pytest.mark.slow)])
+def test_any_files_are_read_or_refused(seed, count, tmp_path, monkeypatch):
+    """Half of the inputs differ little from valid ones, and a few are valid. Whatever is accepted gives batches of the vocabulary's ids."""
+    monkeypatch.setattr(bpe, "gpt2", gpt2_sized)
+    rng, accepted, said = random.Random(seed), 0, set()
+    for i in range(count):
+        files = small_folder(rng)
+        name = rng.choice(list(files))
+        if i % 2:
+            change = recut if name == "meta.json" and rng.random() < 0.4 else mutated
+            files[name] = change(files[name], rng)
+        elif rng.random() < 0.9:
+            files[name] = unlike(rng)
+        for other in FILES:
+            (tmp_path / other).unlink(missing_ok=True)
+            if other in files:
+                (tmp_path / other).write_bytes(files[other])
+        try:
+            data = memmap_data(tmp_path, rng.choice([None, "gpt2", "gpt2"]))
+            read = batches(data, 2)
+            accepted += 1
+            assert read.min() >= 0 and read.max() < data.tokenizer.vocab_size
+        except (ValueError, FileNotFoundError) as error:
+            said.add(str(error).replace(str(tmp_path), "")[:40])
+            assert len(str(error)) < 700, f"seed {seed}, input {i}: {error}"
+        except Exception as error:
+            raise AssertionError(f"seed {seed}, input {i}: {type(error).__name__}: {error}") from error
+    assert count / 20 < accepted < count / 2 and len(said) > 20, (accepted, len(said))

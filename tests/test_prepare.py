@@ -1,0 +1,594 @@
+"""Documents -> token files: nanoGPT's bytes, whatever interrupts it, whatever the documents are like."""
+
+import errno
+import functools
+import itertools
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import tracemalloc
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pyarrow
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pyarrow import parquet
+
+from gptlab.data import bpe, prepare
+from gptlab.data.memmap import MemmapData
+from gptlab.data.prepare import Encoder, parts_of, read, rows_of
+from gptlab.tokenizer import BPETokenizer
+
+SCRIPT = Path(__file__).parents[1] / "scripts/prepare_openwebtext.py"
+SAMPLE = "don't  stop,\n\n\tit's 12 à la\u3000 carte \xa0 at 3½!\r\n \x85 漢字 🙂  <|endoftext|>\u2028 "
+FILES = ("train.bin", "val.bin", "meta.json")
+
+
+@functools.cache
+def tokenizer() -> BPETokenizer:
+    """Has tokens of two and three blanks of all kinds, and of words with the blank before them."""
+    blanks = (
+        "".join(some) + word for some in itertools.product(" \n\t\xa0\x85\u3000", repeat=3) for word in ("it", "à", "!")
+    )
+    return bpe.learn([SAMPLE * 9, *blanks], 340)
+
+
+def documents(count: int) -> list[str]:
+    odd = ["", " ", "\n\n", "<|endoftext|>", SAMPLE, "x" * 500, " \n" * 100, "a\r\nb\rc\x00"]
+    return [f"{odd[i % 8] if i % 3 == 0 else 'word '}{i} {SAMPLE[i % 40 :]}" * (1 + i % 4) for i in range(count)]
+
+
+def write_jsonl(file: Path, texts: list[str]) -> Path:
+    file.write_text("".join(json.dumps({"n": 1, "text": text}) + "\n" for text in texts), encoding="utf-8")
+    return file
+
+
+def make(out: Path, files: list[Path], **changes) -> dict[str, bytes]:
+    """Prepare `out`; returns its files."""
+    settings = {"source": {}, "val_share": 0.1, "split_seed": 2357, "processes": 1}
+    prepare.prepare(out, changes.pop("parts", None) or parts_of(files), tokenizer(), **{**settings, **changes})
+    assert sorted(os.listdir(out)) == sorted(FILES)
+    return {name: (out / name).read_bytes() for name in FILES}
+
+
+@pytest.fixture
+def small_parts(monkeypatch):
+    """Many parts of a small source, and a note of the progress after each second one or so."""
+    monkeypatch.setattr(prepare, "PART", 2000)
+    monkeypatch.setattr(prepare, "COPY", 500)
+    monkeypatch.setattr(prepare, "time", SimpleNamespace(monotonic=itertools.count(0, 2.5).__next__))
+
+
+# --- nanoGPT's bytes
+
+
+def nanogpts(texts: Path, share: float, cache: Path) -> dict[str, bytes]:
+    """What nanoGPT's data/openwebtext/prepare.py makes of these documents."""
+    import tiktoken
+    from datasets import load_dataset
+
+    dataset = load_dataset("json", data_files=str(texts), split="train", cache_dir=str(cache))
+    splits = dataset.train_test_split(test_size=share, seed=2357, shuffle=True)
+    gpt2 = tiktoken.get_encoding("gpt2")
+
+    def ids(rows):
+        return np.concatenate([[*gpt2.encode_ordinary(row["text"]), gpt2.eot_token] for row in rows])
+
+    return {
+        f"{ours}.bin": ids(splits[its]).astype("<u2").tobytes() for ours, its in (("val", "test"), ("train", "train"))
+    }
+
+
+def script(*arguments: str, cwd: Path, status: int = 0) -> str:
+    """Run the script as a user without a network would; returns what it printed."""
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(cwd / "hf"), "GPTLAB_DATA": str(cwd / "data")}
+    command = [sys.executable, str(SCRIPT), *arguments]
+    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == status, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet", "hub"])
+def test_the_files_are_nanogpts(kind, tmp_path, gpt2_files):
+    """4,001 documents, so that the share for validation is no whole number of them; in parts, in two processes."""
+    texts = documents(4001)
+    whole = write_jsonl(tmp_path / "whole.json", texts)
+    (tmp_path / "in").mkdir()
+    for i, some in enumerate((texts[:1500], texts[1500:])):
+        if kind == "parquet":
+            parquet.write_table(pyarrow.table({"n": [i] * len(some), "text": some}), tmp_path / f"in/{i}.parquet", 700)
+        else:
+            write_jsonl(tmp_path / f"in/{i}.jsonl", some)
+    source = f"hub={tmp_path / 'in'}" if kind == "hub" else f"path=in/*.{kind}"
+    script(source, "out=out", "processes=2", cwd=tmp_path)
+    expected = nanogpts(whole, 0.0005, tmp_path / "cache")
+    for name, content in expected.items():
+        assert (tmp_path / "out" / name).read_bytes() == content, name
+    meta = json.loads((tmp_path / "out/meta.json").read_text())
+    assert (meta["val"]["documents"], meta["train"]["documents"], meta["unreadable"]) == (3, 3998, 0)
+
+
+@pytest.mark.parametrize(("count", "share"), [(2, 0.0005), (7, 0.5), (10, 0.3), (100, 0.29), (1000, 0.007), (10, 0.9)])
+def test_documents_are_dealt_as_datasets_does(count, share, tmp_path):
+    """Its rounding and its shuffle, for shares that are no binary fractions too."""
+    from datasets import Dataset
+
+    texts = [f"document {i}" for i in range(count)]
+    expected = Dataset.from_dict({"text": texts}).train_test_split(test_size=share, seed=2357, shuffle=True)
+    made = make(tmp_path / "out", [write_jsonl(tmp_path / "a.jsonl", texts)], val_share=share)
+    for name, split in (("val.bin", "test"), ("train.bin", "train")):
+        found = tokenizer().decode(np.frombuffer(made[name], "<u2").tolist()).split("<|endoftext|>")
+        assert found == [*expected[split]["text"], ""]
+
+
+def test_processes_and_kinds_of_source_do_not_matter(tmp_path, small_parts):
+    from datasets import Dataset
+
+    texts = documents(300)
+    jsonl, table = write_jsonl(tmp_path / "a.jsonl", texts), pyarrow.table({"text": texts})
+    parquet.write_table(table, tmp_path / "a.parquet", row_group_size=70)
+    dataset = Dataset.from_dict({"text": texts})
+    one = make(tmp_path / "1", [jsonl])
+    two = make(tmp_path / "2", [jsonl], processes=2)
+    rows = make(tmp_path / "3", [], parts=rows_of(dataset, 110), dataset=dataset)
+    assert one == two == rows == make(tmp_path / "4", [tmp_path / "a.parquet"])
+
+
+def test_meta_counts_by_hand(tmp_path):
+    """The 256 bytes as vocabulary: a token each, and one for the end."""
+    prepare.prepare(
+        tmp_path / "out",
+        parts_of([write_jsonl(tmp_path / "a.jsonl", ["a", "é", "🙂🙂", "é"])]),
+        BPETokenizer([bytes([i]) for i in range(256)]),
+        source={"from": "here"},
+        val_share=0.25,
+        split_seed=1,
+        processes=1,
+    )
+    meta = json.loads((tmp_path / "out/meta.json").read_text())
+    val, train = meta["val"], meta["train"]
+    assert (val["documents"], train["documents"]) == (1, 3)
+    assert val["bytes"] + train["bytes"] == 1 + 2 + 8 + 2
+    for name, about in (("val.bin", val), ("train.bin", train)):
+        assert about["tokens"] == about["bytes"] + about["documents"]
+        assert (tmp_path / "out" / name).stat().st_size == 2 * about["tokens"]
+    assert (meta["dtype"], meta["source"], meta["val_share"], meta["split_seed"]) == (
+        "uint16",
+        {"from": "here"},
+        0.25,
+        1,
+    )
+
+
+@pytest.mark.parametrize(("vocab_size", "dtype"), [(65536, "uint16"), (65537, "uint32")])
+def test_ids_are_wide_where_the_vocabulary_is(vocab_size, dtype, tmp_path):
+    """Tokens of two bytes each; the last id is that of the end of a text."""
+    pairs = [bytes(pair) for pair in itertools.product(range(256), repeat=2)]
+    wide = BPETokenizer([*(bytes([i]) for i in range(256)), *reversed(pairs[-(vocab_size - 257) :])])
+    texts = ["hello there", "\x02 and \x01\x02", "zz"] * 5
+    files = [write_jsonl(tmp_path / "a.jsonl", texts)]
+    share = {"val_share": 0.2, "split_seed": 2357, "processes": 1}
+    meta = prepare.prepare(tmp_path / "out", parts_of(files), wide, source={}, **share)
+    order = np.random.default_rng(2357).permutation(15)[3:]
+    ids = np.concatenate([[*wide.encode(texts[i]), vocab_size - 1] for i in order])
+    assert meta["dtype"] == dtype and ids.max() == vocab_size - 1
+    assert (tmp_path / "out/train.bin").read_bytes() == ids.astype("<u4" if dtype == "uint32" else "<u2").tobytes()
+    data = MemmapData(path=str(tmp_path / "out"), seed=1, name="wide", block_size=4, batch_size=2)
+    data.prepare_data()
+    data.setup()
+    assert data.train_ids.tolist() == ids.tolist()
+
+
+# --- interrupted
+
+KILLED = """
+import itertools, json, os, shutil, signal, sys
+from pathlib import Path
+from types import SimpleNamespace
+from gptlab.data import prepare
+from gptlab.tokenizer import from_state
+
+out, source, state = Path(sys.argv[1]), Path(sys.argv[2]), json.loads(Path(sys.argv[3]).read_text())
+prepare.PART, prepare.COPY = 2000, 500
+prepare.time = SimpleNamespace(monotonic=itertools.count(0, 2.5).__next__)
+events, moment = itertools.count(1), 0
+
+def event():
+    if next(events) == moment:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+def with_event(function):
+    def called(*args, **kwargs):
+        event()
+        return function(*args, **kwargs)
+    return called
+
+for place, name in ((os, "fsync"), (os, "replace"), (os, "unlink"), (os, "rmdir"), (prepare, "_append")):
+    setattr(place, name, with_event(getattr(place, name)))
+stretches = prepare.Documents._stretches
+prepare.Documents._stretches = lambda *args: (event() or ids for ids in stretches(*args))
+
+while True:
+    moment += 1
+    child = os.fork()
+    if child == 0:
+        parts = prepare.parts_of([source])
+        prepare.prepare(out / str(moment), parts, from_state(state), source={}, val_share=0.1, split_seed=2357, processes=1)
+        os._exit(0)
+    status = os.waitpid(child, 0)[1]
+    if status == 0:
+        break
+    assert os.WTERMSIG(status) == signal.SIGKILL, status
+"""
+
+
+def test_killed_at_any_moment_it_goes_on(tmp_path, small_parts, monkeypatch):
+    """Once before each step that can be seen from outside: a part encoded, a file synced, renamed or removed, a stretch
+    of ids copied. What is there then is no finished folder unless it is the right one; the next run completes it."""
+    source = write_jsonl(tmp_path / "a.jsonl", documents(80))
+    (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer().state()))
+    whole = make(tmp_path / "whole", [source])
+    command = [sys.executable, "-c", KILLED, tmp_path, source, tmp_path / "tokenizer.json"]
+    subprocess.run(command, check=True, timeout=120, env=os.environ | {"PYTHONPATH": str(SCRIPT.parents[1])})
+    folders = [folder for folder in tmp_path.iterdir() if folder.name.isdigit()]
+    seen, encoded = [], []
+    append = prepare._append
+    monkeypatch.setattr(prepare, "_append", lambda *args: encoded.append(1) or append(*args))
+    for folder in sorted(folders, key=lambda folder: int(folder.name)):
+        there = [name for name in FILES if (folder / name).exists()]
+        if "train.bin" in there:
+            assert {name: (folder / name).read_bytes() for name in there} == whole
+        done, state = 0, folder / ".partial/state.json"
+        if state.exists():
+            done = json.loads(state.read_text())["parts"]
+        encoded.clear()
+        if (folder / ".partial").exists():
+            assert make(folder, [source]) == whole, folder.name
+            assert "train.bin" in there or done + len(encoded) == len(parts_of([source]))
+        seen.append((done, *there))
+    assert len(seen) > 60 and len({done for done, *_ in seen}) > 5  # so it did go on from many places
+    assert {tuple(there) for _, *there in seen} == {(), ("meta.json",), ("val.bin", "meta.json"), FILES}
+
+
+def interrupt(monkeypatch, at: int) -> None:
+    """Ctrl-C when that many parts have been encoded."""
+    append, calls = prepare._append, itertools.count(1)
+
+    def stop(*args):
+        if next(calls) == at:
+            monkeypatch.setattr(prepare, "_append", append)
+            raise KeyboardInterrupt
+        append(*args)
+
+    monkeypatch.setattr(prepare, "_append", stop)
+
+
+def same_size(texts: list[str]) -> list[str]:
+    return [text.replace("word", "fork") for text in texts]
+
+
+@pytest.mark.parametrize("change", [same_size, lambda texts: texts[:-1], lambda texts: [*texts, "one more"]])
+@pytest.mark.parametrize("kind", ["file", "dataset"])
+def test_changed_documents_are_read_from_the_start(kind, change, tmp_path, small_parts, monkeypatch):
+    from datasets import Dataset
+
+    def attempt(out: Path, texts: list[str]) -> dict[str, bytes]:
+        if kind == "file":
+            return make(out, [write_jsonl(tmp_path / "a.jsonl", texts)])
+        dataset = Dataset.from_dict({"text": texts})
+        return make(out, [], parts=rows_of(dataset, 10), dataset=dataset)
+
+    texts = documents(160)
+    interrupt(monkeypatch, at=10)
+    with pytest.raises(KeyboardInterrupt):
+        attempt(tmp_path / "out", texts)
+    assert json.loads((tmp_path / "out/.partial/state.json").read_text())["parts"] >= 5
+    assert attempt(tmp_path / "out", change(texts)) == attempt(tmp_path / "untouched", change(texts))
+
+
+def test_a_damaged_note_of_the_progress_is_no_obstacle(tmp_path, small_parts, monkeypatch):
+    source = write_jsonl(tmp_path / "a.jsonl", documents(160))
+    whole = make(tmp_path / "whole", [source])
+    for i, content in enumerate([b"", b"{", b"[]", b"{}", b'{"job": 1, "more": 2}', b"\xff"]):
+        interrupt(monkeypatch, at=20)
+        with pytest.raises(KeyboardInterrupt):
+            make(tmp_path / str(i), [source])
+        (tmp_path / f"{i}/.partial/state.json").write_bytes(content)
+        assert make(tmp_path / str(i), [source]) == whole
+
+
+def test_a_row_that_cannot_be_read_is_no_obstacle_to_going_on(tmp_path, small_parts, monkeypatch):
+    """The first part of a second run has no document in it."""
+    files = [write_jsonl(tmp_path / "a.jsonl", documents(20)), tmp_path / "b.jsonl"]
+    files[1].write_text("{bad\n")
+    first = len(parts_of(files[:1]))
+    whole = make(tmp_path / "whole", files)
+    monkeypatch.setattr(prepare, "time", SimpleNamespace(monotonic=itertools.count(0, 11).__next__))  # noted each time
+    interrupt(monkeypatch, at=first + 1)
+    with pytest.raises(KeyboardInterrupt):
+        make(tmp_path / "out", files)
+    assert json.loads((tmp_path / "out/.partial/state.json").read_text())["parts"] == first
+    assert make(tmp_path / "out", files) == whole
+
+
+# --- what cannot be read
+
+BAD_ROWS = {
+    "no JSON": b"{bad",
+    "cut off": b'{"text": "abc',
+    "no object": b"[1, 2]",
+    "null": b"null",
+    "a number": b'{"text": 3}',
+    "null text": b'{"text": null}',
+    "a list": b'{"text": ["a"]}',
+    "no key": b'{"body": "a"}',
+    "half a pair": b'{"text": "a \\ud83d b"}',
+    "a surrogate's bytes": b'{"text": "a \xed\xa0\x80 b"}',
+    "no UTF-8": b'{"text": "caf\xe9"}',
+    "deep": b'{"text": ' + b"[" * 200_000,
+    "a huge number": b'{"text": "a", "n": ' + b"1" * 5000 + b"}",
+    "zeros": b"\0" * 100,
+    "another encoding": '{"text": "abc"}'.encode("utf-16"),
+}
+
+
+@pytest.mark.parametrize("bad", BAD_ROWS.values(), ids=BAD_ROWS)
+def test_unreadable_rows_are_counted_and_the_rest_kept(bad, tmp_path):
+    good = [json.dumps({"text": text}).encode() for text in ("one", "two", "three")]
+    (tmp_path / "a.jsonl").write_bytes(b"\n".join([good[0], bad, good[1], bad, good[2]]))
+    make(tmp_path / "out", [tmp_path / "a.jsonl"], val_share=0.5)
+    meta = json.loads((tmp_path / "out/meta.json").read_text())
+    lines = 2 * (1 + bad.count(b"\n"))
+    assert meta["unreadable"] == lines
+    assert meta["val"]["documents"] + meta["train"]["documents"] == 3
+    assert meta["val"]["bytes"] + meta["train"]["bytes"] == len("onetwothree")
+
+
+def test_unreadable_rows_of_parquet(tmp_path):
+    """Null, bytes that are no UTF-8, a column of another type, no such column, a damaged row group."""
+    raw = pyarrow.array([b"good", None, b"caf\xe9", b"x"], pyarrow.binary())
+    unchecked = pyarrow.StringArray.from_buffers(4, *raw.buffers()[1:], raw.buffers()[0])
+    tables = [{"text": unchecked}, {"text": [1, 2]}, {"text": [["a"], None]}, {"body": ["a", "b"]}, {"text": ["y"] * 9}]
+    files = []
+    for i, table in enumerate(tables):
+        files.append(tmp_path / f"{i}.parquet")
+        parquet.write_table(pyarrow.table(table), files[-1], use_dictionary=False, compression="none", row_group_size=5)
+    content = bytearray(files[4].read_bytes())
+    content[4:30] = b"\xff" * 26  # in the first row group, of five; the second is whole
+    files[4].write_bytes(content)
+    found = [[text for part in parts_of([file]) for text, _ in read(part, "text")] for file in files]
+    assert found == [["good", None, None, "x"], [None] * 2, [None] * 2, [None] * 2, [None] * 5 + ["y"] * 4]
+
+
+def test_a_file_that_is_no_text_is_counted_and_the_rest_kept(tmp_path):
+    """It is even the first one; and of a long file, what cannot be read is left out."""
+    for i, content in enumerate([b"caf\xe9", b"one", b"", "zwölf".encode()]):
+        (tmp_path / f"{i}.txt").write_bytes(content)
+    make(tmp_path / "out", sorted(tmp_path.glob("*.txt")), val_share=0.5)
+    meta = json.loads((tmp_path / "out/meta.json").read_text())
+    assert meta["unreadable"] == 1 and meta["val"]["documents"] + meta["train"]["documents"] == 3
+    assert meta["val"]["bytes"] + meta["train"]["bytes"] == 9
+
+
+@pytest.mark.parametrize("bad", range(5))
+def test_a_damaged_stretch_of_a_long_text(bad, tmp_path, monkeypatch):
+    """Five parts, one of them broken: the others are still one document, and the next file is another."""
+    monkeypatch.setattr(prepare, "PART", 50)
+    pieces = [f"{i} words in a row, {i} words in a row, and so more..\n".encode() for i in range(5)]
+    pieces[bad] = pieces[bad].replace(b"more", b"mor\xe9")
+    (tmp_path / "a.txt").write_bytes(b"".join(pieces))
+    (tmp_path / "b.txt").write_text("the end")
+    parts = parts_of(sorted(tmp_path.iterdir()))
+    encoded = [Encoder(tokenizer().state(), "text", None)(part) for part in parts]
+    ids = np.concatenate([np.frombuffer(part.ids, "<u2") for part in encoded]).tolist()
+    assert len(parts) == 6 and sum(part.unreadable for part in encoded) == 1
+    assert ids.count(tokenizer().end_of_text) == 2
+    first, second, rest = tokenizer().decode(ids).split("<|endoftext|>")
+    assert (second, rest) == ("the end", "")
+    assert [f"in a row, {i} words" in first for i in range(5)] == [i != bad for i in range(5)]
+
+
+# --- cut in parts
+
+PIECES = st.sampled_from(
+    [*SAMPLE, *SAMPLE.split(" "), "   ", " \n", "'s", "\x1c", "\u0301", "\ufeff", "\u2003"]
+) | st.text(max_size=3)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(PIECES, max_size=60).map("".join), st.integers(1, 12))
+def test_a_text_in_parts_has_the_ids_of_the_whole(tmp_path_factory, text, size):
+    """However small the parts: a text is never cut where a token could lie across, nor within a character."""
+    file = tmp_path_factory.mktemp("text") / "a.txt"
+    file.write_bytes(text.encode())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prepare, "PART", size)
+        parts = parts_of([file])
+    assert len(parts) == max(-(-len(text.encode()) // size), 1)
+    found = [Encoder(tokenizer().state(), "text", None)(part) for part in parts]
+    ids = np.concatenate([np.frombuffer(part.ids, "<u2") for part in found])
+    assert ids.tolist() == [*tokenizer().encode(text), tokenizer().end_of_text]
+    assert [part.complete for part in found] == [False] * (len(parts) - 1) + [True]
+    assert sum(size for part in found for _, size in part.documents) == len(text.encode())
+    shutil.rmtree(file.parent)
+
+
+@pytest.mark.parametrize("shift", range(6))
+def test_a_place_to_cut_across_two_reads(shift, tmp_path, monkeypatch):
+    """It is looked for in 64 KiB at a time, from byte 20,000 on; here the only one lies about the end of the first."""
+    monkeypatch.setattr(prepare, "PART", 20_000)
+    text = "x" * (20_000 + (1 << 16) - shift) + "字 b"
+    (tmp_path / "a.txt").write_text(text, encoding="utf-8")
+    pieces = [piece for part in parts_of([tmp_path / "a.txt"]) for piece, _ in read(part, "text")]
+    assert pieces == [text[:-2], "", "", "", " b"]
+
+
+# A line, and the texts that are found in it.
+ROWS = st.tuples(st.text(max_size=8), st.booleans()).map(
+    lambda row: (json.dumps({"text": row[0]}, ensure_ascii=row[1]), [row[0]])
+) | st.sampled_from(
+    [("", []), ("  \t", []), ("{bad", [None]), ("[]", [None]), ('{"x": 1}', [None]), ('{"text": 1}', [None])]
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(ROWS, max_size=12), st.sampled_from(["\n", "\r\n"]), st.booleans(), st.integers(1, 60))
+def test_each_row_is_read_once_however_the_file_is_cut(tmp_path_factory, rows, line_break, ends, size):
+    file = tmp_path_factory.mktemp("rows") / "a.jsonl"
+    file.write_bytes((line_break.join(line for line, _ in rows) + line_break * ends).encode())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prepare, "PART", size)
+        parts = parts_of([file])
+    assert [text for part in parts for text, _ in read(part, "text")] == [text for _, texts in rows for text in texts]
+    shutil.rmtree(file.parent)
+
+
+# --- disk, memory, other processes
+
+
+def test_no_room_is_said_before_it_is_needed(tmp_path, small_parts, monkeypatch):
+    source = write_jsonl(tmp_path / "a.jsonl", documents(160))
+    whole = make(tmp_path / "whole", [source])
+    ids = sum(len(whole[name]) for name in ("train.bin", "val.bin"))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=ids))  # half of what it takes
+    with pytest.raises(ValueError, match=r"out needs about .* GB .*GB free"):
+        make(tmp_path / "out", [source])
+    assert os.listdir(tmp_path / "out") == [".partial"]
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=4 * ids))
+    assert make(tmp_path / "out", [source]) == whole
+
+
+def test_a_full_disk_at_any_moment(tmp_path, small_parts, monkeypatch):
+    """Whenever it fills up: one clear error, no folder that looks finished, and with room again the run goes on."""
+    source, fsync, calls = write_jsonl(tmp_path / "a.jsonl", documents(60)), os.fsync, []
+    monkeypatch.setattr(os, "fsync", lambda file: calls.append(file) or fsync(file))
+    whole, count = make(tmp_path / "whole", [source]), len(calls)
+    assert count > 10
+    for at in range(count):
+        out, calls = tmp_path / str(at), itertools.count()
+
+        def full(file, calls=calls, at=at):
+            if next(calls) == at:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            fsync(file)
+
+        monkeypatch.setattr(os, "fsync", full)
+        with pytest.raises(ValueError, match=r"disk of .* is full.*go on"):
+            make(out, [source])
+        monkeypatch.setattr(os, "fsync", fsync)
+        assert not (out / "train.bin").exists()
+        assert make(out, [source]) == whole
+
+
+def test_memory_does_not_grow_with_the_text(tmp_path, monkeypatch):
+    """Four times the text: the ids alone, if they were kept, would be several times the allowance."""
+    monkeypatch.setattr(prepare, "PART", 1 << 16)
+    monkeypatch.setattr(prepare, "COPY", 1 << 14)
+
+    def peak(count: int) -> int:
+        source = write_jsonl(tmp_path / f"{count}.jsonl", [text * 8 for text in documents(count)])
+        run = {"source": {}, "val_share": 0.1, "split_seed": 1, "processes": 1}
+        tracemalloc.start()
+        prepare.prepare(tmp_path / str(count), parts_of([source]), tokenizer(), **run)
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        return peak
+
+    peak(50)  # what is imported on the way
+    small, large = peak(500), peak(2000)
+    ids = (tmp_path / "2000/train.bin").stat().st_size
+    assert large - small < ids / 8, (small, large, ids)
+
+
+def test_parts_are_encoded_only_a_few_ahead(tmp_path, small_parts):
+    """Else the encoded ones would pile up in memory where the disk is slower than the processors."""
+    parts = parts_of([write_jsonl(tmp_path / "a.jsonl", documents(160))])
+    assert len(parts) > 20
+    taken = []
+    encoded = prepare.encode_all((taken.append(part) or part for part in parts), 2, tokenizer().state(), "text", None)
+    next(encoded)
+    assert len(taken) <= 5
+    encoded.close()
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_folder_that_holds_something_is_not_written(name, tmp_path):
+    source = write_jsonl(tmp_path / "a.jsonl", documents(20))
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / name).write_text("precious")
+    with pytest.raises(ValueError, match=f"holds {name} already"):
+        make(tmp_path / "out", [source])
+    assert os.listdir(tmp_path / "out") == [name] and (tmp_path / "out" / name).read_text() == "precious"
+
+
+HOLDING = """
+import sys
+from pathlib import Path
+from gptlab.data import prepare
+from gptlab.tokenizer import BPETokenizer
+
+append = prepare._append
+def pause(*args):
+    print("encoding", flush=True)
+    sys.stdin.readline()
+    append(*args)
+
+prepare._append = pause
+parts, bytes_ = prepare.parts_of([Path(sys.argv[1])]), BPETokenizer([bytes([i]) for i in range(256)])
+prepare.prepare(Path(sys.argv[2]), parts, bytes_, source={"by": "it"}, val_share=0.1, split_seed=1, processes=1)
+"""
+
+
+def test_two_processes_on_one_folder(tmp_path):
+    """The second is refused, or waits and finds what the first one has made; its own tokenizer is another."""
+    source, out = write_jsonl(tmp_path / "a.jsonl", documents(20)), tmp_path / "out"
+    command, environment = [sys.executable, "-c", HOLDING, source, out], {"PYTHONPATH": str(SCRIPT.parents[1])}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, env=os.environ | environment, **pipes) as first:
+        assert first.stdout.readline() == "encoding\n"
+        with pytest.raises(ValueError, match=r"another process is writing .*out"):
+            make(out, [source])
+        found = []
+        waiting = threading.Thread(target=lambda: found.append(make(out, [source], wait=True)))
+        waiting.start()
+        waiting.join(0.3)
+        assert waiting.is_alive() and not (out / "train.bin").exists()
+        first.communicate("\n", timeout=60)
+    waiting.join(60)
+    assert first.returncode == 0 and json.loads(found[0]["meta.json"])["source"] == {"by": "it"}
+
+
+# --- the script's mistakes
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["path=a.jsonl", "tokenizer=word"], "tokenizer=word: it must be gpt2 or bpe"),
+        (["path=a.jsonl", "tokenizer=bpe"], "vocab_size=None: it goes with tokenizer=bpe"),
+        (["path=a.jsonl", "vocab_size=300"], "vocab_size=300: it goes with tokenizer=bpe"),
+        (["path=b.jsonl"], "path=b.jsonl: No such file or directory; did you mean a.jsonl"),
+        (["path=a.jsonl", "val_share=2"], "val_share=2.0: it must be above 0 and below 1"),
+        (["path=a.jsonl", "processes=0"], "processes=0: it must be at least 1"),
+        (["path=a.json"], "a.json cannot be read as it is; give .jsonl"),
+        (["path=a.parquet"], "a.parquet is no Parquet file"),
+        (["hub=no/such_set"], "hub=no/such_set: the data set cannot be loaded"),
+        (["path=a.jsonl", "tokenizer=bpe", "vocab_size=257"], "1 documents cannot be split"),
+        (["path=a.jsonl", "tokenizer=bpe", "vocab_size=257", "text_key=body"], "text_key=body: give another"),
+    ],
+)
+def test_mistakes_are_one_short_error(arguments, said, tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", ["one document"])
+    for name in ("a.json", "a.parquet"):
+        (tmp_path / name).write_text('{"text": "some"}\n')
+    output = script("out=out", *arguments, cwd=tmp_path, status=2)
+    error = output[output.index("\nerror: ") :].strip()
+    assert said in error and "Traceback" not in output
+    assert len(error) < 400 and error.count("\n") == 0
+    assert not any((tmp_path / "out" / name).exists() for name in FILES)
