@@ -299,7 +299,7 @@ def test_the_smallest_bpe_state():
     [
         (None, "must be a mapping, not NoneType"),
         ([], r"must be a mapping, not list"),
-        ({}, "must be a mapping, not NoneType"),
+        ({}, "unknown tokenizer None"),
         ({"type": ["bpe"]}, r"unknown tokenizer \['bpe'\]"),
         ({"type": "BPE"}, "unknown tokenizer 'BPE'; known: char, bpe"),
         ({"type": "char"}, "must be a string of at least one character, none twice"),
