@@ -6,9 +6,11 @@ import itertools
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import threading
+import time
 import tracemalloc
 from pathlib import Path
 from types import SimpleNamespace
@@ -592,3 +594,59 @@ def test_mistakes_are_one_short_error(arguments, said, tmp_path):
     assert said in error and "Traceback" not in output
     assert len(error) < 400 and error.count("\n") == 0
     assert not any((tmp_path / "out" / name).exists() for name in FILES)
+
+
+# --- goes with the patch (needs `import signal` and `import time`)
+
+
+def test_who_waits_accepts_what_was_finished_before(tmp_path):
+    """Learning the vocabulary takes seconds, in which another process may have come to its end."""
+    source = write_jsonl(tmp_path / "a.jsonl", documents(20))
+    assert make(tmp_path / "out", [source]) == make(tmp_path / "out", [source], wait=True)
+
+
+POOL = """
+import multiprocessing, sys, time
+from pathlib import Path
+from gptlab.data import prepare
+from gptlab.tokenizer import BPETokenizer
+
+if __name__ == "__main__":
+    bytes_ = BPETokenizer([bytes([i]) for i in range(256)])
+    encoded = prepare.encode_all(prepare.parts_of([Path(sys.argv[1])]) * 50, 2, bytes_.state(), "text", None)
+    next(encoded)
+    print(*(worker.pid for worker in multiprocessing.active_children()), flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="tells by it which processes there are")
+def test_workers_end_with_a_parent_that_was_killed(tmp_path):
+    source, environment = write_jsonl(tmp_path / "a.jsonl", documents(20)), {"PYTHONPATH": str(SCRIPT.parents[1])}
+    command = [sys.executable, "-c", POOL, source]
+    with subprocess.Popen(command, env=os.environ | environment, stdout=subprocess.PIPE, text=True) as parent:
+        workers = [int(worker) for worker in parent.stdout.readline().split()]
+        parent.kill()
+    assert len(workers) == 2
+    deadline = time.monotonic() + 20
+    while (left := [worker for worker in workers if Path(f"/proc/{worker}").exists()]) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    for worker in left:
+        os.kill(worker, signal.SIGKILL)
+    assert not left
+
+
+def test_a_short_first_file_is_no_measure_of_the_room_needed(tmp_path, monkeypatch):
+    """Of "a", each byte takes two ids; of the rest, about half a one."""
+    for i in range(9):
+        (tmp_path / f"{i}.txt").write_text(SAMPLE * 500 if i else "a")
+    files = sorted(tmp_path.glob("*.txt"))
+    free = 3 * sum(file.stat().st_size for file in files)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
+    make(tmp_path / "out", files)
+
+
+def test_a_folder_that_cannot_be_made(tmp_path):
+    source = write_jsonl(tmp_path / "a.jsonl", documents(20))
+    with pytest.raises(ValueError, match=r"a.jsonl cannot be made \(Not a directory\)"):
+        make(source, [source])

@@ -79,6 +79,8 @@ def read_meta(folder: Path, kind: str | None) -> dict[str, Any]:
         return {}
     try:
         meta = json.loads(file.read_bytes())
+        if meta["format"] != 1:
+            raise ValueError(f"format {meta['format']!r:.100} is not known here")
         vocab_size = from_state(meta["tokenizer"]).vocab_size
         if meta["dtype"] != id_type(vocab_size).name:
             raise ValueError(f"dtype {meta['dtype']!r} is not that of a vocabulary of {vocab_size} tokens")

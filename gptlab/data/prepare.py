@@ -19,6 +19,7 @@ import os
 import re
 import shutil
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -57,15 +58,16 @@ def parts_of(files: list[Path]) -> list[Part]:
     """
     found: list[Part] = []
     for file in files:
-        if file.suffix == ".parquet":
+        suffix = file.suffix.lower()
+        if suffix == ".parquet":
             found += _parquet_parts(file)
-        elif file.suffix in (".json", ".gz", ".zst", ".bz2", ".xz", ".zip", ".arrow"):
+        elif suffix in (".json", ".gz", ".zst", ".bz2", ".xz", ".zip", ".arrow"):
             raise ValueError(
                 f"path: {file} cannot be read as it is; give .jsonl (a JSON object in each line), .parquet or text files, "
                 "unpacked"
             )
         else:
-            kind, size = "jsonl" if file.suffix in (".jsonl", ".ndjson") else "text", file.stat().st_size
+            kind, size = "jsonl" if suffix in (".jsonl", ".ndjson") else "text", file.stat().st_size
             starts = range(0, max(size, 1), PART)
             found += [Part(kind, str(file), at, min(at + PART, size), min(PART, size - at)) for at in starts]
     return found
@@ -199,8 +201,15 @@ class Encoder:
 
 def _start_worker(*arguments: Any) -> None:
     global _encoder
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that started us
     _encoder = Encoder(*arguments)
+
+
+def _end_with_parent() -> None:
+    """A parent that was killed ends nobody, and its workers would wait for its next part for ever."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 def _encode(part: Part) -> Encoded:
@@ -262,19 +271,32 @@ def prepare(
         ValueError: no room for it, no documents for one of the splits, or a folder that holds something else.
     """
     work = out / ".partial"
+    if wait and not work.exists() and (out / "train.bin").exists():  # another process has just finished it
+        return json.loads((out / "meta.json").read_text("utf-8"))
     if not work.exists() and (
         there := [name for name in ("train.bin", "val.bin", "meta.json") if (out / name).exists()]
     ):
         raise ValueError(f"{out} holds {' and '.join(there)} already: train on it, or give another folder")
-    work.mkdir(parents=True, exist_ok=True)
+    try:
+        work.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"{out} cannot be made ({error.strerror}): give another folder") from None
     with _alone(work / "lock", wait), _room_explained(out):
         if not (out / "train.bin").exists():
-            times = [os.stat(part.file).st_mtime_ns for part in parts if part.file]
-            job = [parts, times, getattr(dataset, "_fingerprint", None), tokenizer.state(), text_key]
-            state = _first_pass(work, _digest(job), parts, tokenizer, text_key, dataset, processes)
+            sources = _identity(parts, dataset)
+            job = _digest([parts, sources, tokenizer.state(), text_key])
+            state = _first_pass(work, job, parts, tokenizer, text_key, dataset, processes)
+            if _identity(parts, dataset) != sources:
+                raise ValueError("a file changed while it was being read; start again once nothing writes to it")
             _second_pass(out, work, state, tokenizer, source, val_share, split_seed)
         shutil.rmtree(work, ignore_errors=True)
     return json.loads((out / "meta.json").read_text("utf-8"))
+
+
+def _identity(parts: list[Part], dataset: Any) -> list[Any]:
+    """What changes if a source does."""
+    about = [os.stat(file) for file in sorted({part.file for part in parts if part.file})]
+    return [getattr(dataset, "_fingerprint", None), *((stat.st_size, stat.st_mtime_ns) for stat in about)]
 
 
 def _digest(value: Any) -> str:
@@ -330,18 +352,21 @@ def _first_pass(
         bar = tqdm(
             total=size, initial=sum(part.size for part in parts[: state.parts]), unit="B", unit_scale=True, disable=None
         )
+        seen, to_read = 0, sum(part.size for part in left)
         tokens, started, saved = 0, time.monotonic(), time.monotonic()
         with bar:
-            for i, (part, encoded) in enumerate(zip(left, encode_all(left, processes, *encoder), strict=True)):
-                if i == 0:
-                    if encoded.unreadable and not encoded.documents and state.parts == 0 and part.kind != "text":
-                        raise ValueError(
-                            f"none of the first {encoded.unreadable} rows of {part.file or 'the data set'} has text under "
-                            f"text_key={text_key}: give another text_key"
-                        )
-                    _check_room(work, left, len(encoded.ids) / max(part.size, 1), state.ids * dtype.itemsize)
+            for part, encoded in zip(left, encode_all(left, processes, *encoder), strict=True):
+                if state.parts == 0 and encoded.unreadable and not encoded.documents and part.kind != "text":
+                    raise ValueError(
+                        f"none of the first {encoded.unreadable} rows of {part.file or 'the data set'} has text under "
+                        f"text_key={text_key}: give another text_key"
+                    )
                 _append(encoded, state, ids, documents)
                 tokens += len(encoded.ids) // dtype.itemsize
+                before, seen = seen, seen + part.size
+                if before < min(PART, to_read) <= seen:  # enough to tell from, once
+                    to_come = tokens * dtype.itemsize / seen * (to_read - seen)
+                    _check_room(work, 2 * to_come + state.ids * dtype.itemsize)
                 bar.set_postfix_str(f"{tokens / (time.monotonic() - started) / 1e6:.2f} M tokens/s", refresh=False)
                 bar.update(part.size)
                 if time.monotonic() - saved > 10:
@@ -362,11 +387,9 @@ def _append(encoded: Encoded, state: State, ids: Any, documents: Any) -> None:
     state.parts, state.unreadable = state.parts + 1, state.unreadable + encoded.unreadable
 
 
-def _check_room(work: Path, left: list[Part], ratio: float, there: int) -> None:
-    """Raises ValueError unless the disk has room for all ids twice, by the bytes of ids per byte of a source that the first
-    part has. `there`: bytes of ids that are written already."""
-    to_come = ratio * sum(part.size for part in left)
-    needed = 1.05 * (2 * to_come + there)
+def _check_room(work: Path, needed: float) -> None:
+    """Raises ValueError unless the disk has room: for all ids to come twice, and once more for those that are there."""
+    needed *= 1.05
     free = shutil.disk_usage(work).free
     if free < needed:
         raise ValueError(
