@@ -350,7 +350,12 @@ def _first_pass(
 
         size = sum(part.size for part in parts)
         bar = tqdm(
-            total=size, initial=sum(part.size for part in parts[: state.parts]), unit="B", unit_scale=True, disable=None
+            total=size,
+            initial=sum(part.size for part in parts[: state.parts]),
+            desc="encoding",
+            unit="B",
+            unit_scale=True,
+            disable=None,
         )
         seen, to_read = 0, sum(part.size for part in left)
         tokens, started, saved = 0, time.monotonic(), time.monotonic()
@@ -411,12 +416,15 @@ def _second_pass(
     # The very order of datasets' train_test_split(test_size=val_share, seed=split_seed, shuffle=True).
     order = np.random.default_rng(split_seed).permutation(state.documents)
     documents = Documents(work, id_type(tokenizer.vocab_size).newbyteorder("<"))
+    with tqdm(total=state.ids, desc="copying", unit=" tokens", unit_scale=True, disable=None) as bar:
+        val = documents.copy(order[:n_val], work / "val.bin", bar)
+        train = documents.copy(order[n_val:], work / "train.bin", bar)
     meta = {
         "format": 1,
         "dtype": documents.dtype.name,
         "tokenizer": tokenizer.state(),
-        "val": documents.copy(order[:n_val], work / "val.bin"),
-        "train": documents.copy(order[n_val:], work / "train.bin"),
+        "train": train,
+        "val": val,
         "source": source,
         "val_share": val_share,
         "split_seed": split_seed,
@@ -438,7 +446,7 @@ class Documents:
         self.sizes = np.memmap(work / "documents", "<i8", mode="r").reshape(-1, 2)
         self.ends = self.sizes[:, 0].cumsum()
 
-    def copy(self, chosen: np.ndarray, to: Path) -> dict[str, Any]:
+    def copy(self, chosen: np.ndarray, to: Path, bar: tqdm) -> dict[str, Any]:
         """Write the ids of these documents one after another; returns what meta.json is to say of that."""
         sha256, tokens, size = hashlib.sha256(), 0, 0
         with open(to, "wb") as file:
@@ -448,6 +456,7 @@ class Documents:
                     file.write(ids.data)
                     sha256.update(ids.data)
                     self.map.madvise(mmap.MADV_DONTNEED)  # read once: not to be counted as our memory
+                    bar.update(len(ids))
                 tokens, size = tokens + int(lengths.sum()), size + int(self.sizes[some, 1].sum())
             file.flush()
             os.fsync(file.fileno())
