@@ -28,7 +28,7 @@ FLAGS = (*VALUE_FLAGS, "--help", "-h", "--hydra-help", "--version", "--resolve",
          "--shell-completion", "-sc")  # fmt: skip
 # Free text, which Hydra's grammar would trip over: taken word for word, except in sweeps.
 TEXT_KEYS = ("prompt", "prompt_file", "ckpt", "data.path", "data.val_path", "data.folder",
-             "path", "out", "callbacks.sample_text.prompt")  # fmt: skip
+             "path", "out", "hub_split", "callbacks.sample_text.prompt")  # fmt: skip
 RESUME_MAY_CHANGE = ("trainer.", "data.workers", "data.micro_batch_size")
 
 hardware_note = ""  # which hardware was chosen and why, for the log
@@ -121,6 +121,8 @@ def _prepare(argv: list[str], entry: str) -> list[str]:
         overrides = [
             f"{key}={_quote(text)}" if key in TEXT_KEYS else o for o in overrides for key, _, text in [o.partition("=")]
         ]
+    if sweep and entry == "prepare":
+        raise ValueError("data are prepared one folder at a time: leave -m out")
     if entry != "train":
         return flags + overrides
     rank = int(os.environ.get("RANK", "0"))

@@ -14,7 +14,7 @@ from typing import Any
 
 MISSING: Any = "???"  # OmegaConf's mark of a value that must be given
 VALIDATED = ("val/loss", "val/perplexity", "val/bits_per_byte")  # what each validation measures
-PROBLEMS = ("gptlab.data.problems.AdditionData", "gptlab.data.problems.SortData")  # the data with a val/accuracy
+OPENWEBTEXT = "Skylion007/openwebtext"  # on the Hugging Face hub
 PRECISIONS = {"32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}  # ours -> Lightning's
 
 # What numbers and choices may be, by config key; null is for the types to refuse.
@@ -90,7 +90,7 @@ class WindowsConfig:
     batch_size: int = MISSING  # sequences per optimizer step, over all processes
     micro_batch_size: int | None = None  # sequences per forward pass in one process; null: its whole share
     val_windows: int | None = None  # validate on the first so many windows; null: on all
-    workers: int | None = None  # processes that prepare batches; null: none on a CPU, two with an accelerator
+    workers: int | None = None  # processes that prepare batches; null: two on CUDA, else none
 
 
 @dataclass
@@ -99,6 +99,7 @@ class TextConfig(WindowsConfig):
     path: str | None = None  # a text file, a glob, or a folder of .txt files
     val_path: str | None = None  # the same for validation; null: the last 10 % of the text
     url: str | None = None  # where to download it from otherwise
+    file: str | None = None  # its name in `folder`; null: that of the data, and .txt
     sha256: str | None = None  # of that file
     fallback: str | None = None  # python_docs: train on that text if there is no file and no network; null: an error
     folder: str | None = None  # of downloads; null: $GPTLAB_DATA, or ~/.cache/gptlab
@@ -122,14 +123,14 @@ class PythonStdlibConfig(WindowsConfig):
 
 @dataclass
 class AdditionConfig(WindowsConfig):
-    _target_: str = PROBLEMS[0]
+    _target_: str = "gptlab.data.problems.AdditionData"
     block_size: int | None = None  # follows
     ndigit: int = MISSING
 
 
 @dataclass
 class SortConfig(WindowsConfig):
-    _target_: str = PROBLEMS[1]
+    _target_: str = "gptlab.data.problems.SortData"
     block_size: int | None = None  # follows
     length: int = MISSING  # symbols to be sorted
     n_symbols: int = MISSING  # out of so many
@@ -437,10 +438,14 @@ def _cross_problems(cfg: Any) -> Iterator[str]:
             f"{trainer.max_steps}: add trainer.max_steps={profiled}"
         )
     monitor, target = OmegaConf.select(cfg, "callbacks.early_stopping.monitor"), str(cfg.data.get("_target_"))
-    if monitor == "val/accuracy" and target.startswith("gptlab.") and target not in PROBLEMS:
+    measured = (
+        target in (AdditionConfig._target_, SortConfig._target_)
+        and OmegaConf.select(cfg, "callbacks.exact_match") is not None
+    )
+    if monitor == "val/accuracy" and target.startswith("gptlab.") and not measured:
         yield (
-            f"callbacks.early_stopping.monitor={monitor}: it must be one of {', '.join(VALIDATED)} with this data: only "
-            "problems, as of data=addition or data=sort, have right answers"
+            f"callbacks.early_stopping.monitor={monitor}: it must be one of {', '.join(VALIDATED)} here: only "
+            "problems, as of data=addition or data=sort, have right answers, and callbacks.exact_match counts them"
         )
     if not 0 < optim.lr < math.inf:
         yield f"optim.lr={optim.lr}: it must be above 0 and finite"
@@ -465,8 +470,12 @@ def prepare_problems(cfg: Any) -> Iterator[str]:
         yield f"tokenizer={cfg.tokenizer}: it must be gpt2 or bpe"
     elif (cfg.vocab_size is None) == (cfg.tokenizer == "bpe"):
         yield f"vocab_size={cfg.vocab_size}: it goes with tokenizer=bpe, and that needs it, such as vocab_size=8192"
+    elif cfg.vocab_size is not None and not 257 <= cfg.vocab_size <= 2**20:
+        yield f"vocab_size={cfg.vocab_size}: it must be at least 257 (256 bytes and the end of text) and at most {2**20}"
     if not 0 < cfg.val_share < 1:
         yield f"val_share={cfg.val_share}: it must be above 0 and below 1"
+    if cfg.out is None and (cfg.path is not None or cfg.hub != OPENWEBTEXT):
+        yield "out is missing: a folder for what is made of these documents, such as out=my_docs"
     for key, least in (("split_seed", 0), ("processes", 1)):
         if cfg[key] is not None and cfg[key] < least:
             yield f"{key}={cfg[key]}: it must be at least {least}"

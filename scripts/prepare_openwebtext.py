@@ -15,22 +15,20 @@ def prepare_openwebtext(cfg: Any) -> None:
     from gptlab.data import bpe, prepare
     from gptlab.data.corpora import data_folder, text_files
 
-    out = Path(cfg.out).expanduser() if cfg.out else data_folder(None) / "openwebtext"
-    dataset = None
+    out = Path(os.path.expanduser(cfg.out)) if cfg.out else data_folder(None) / "openwebtext"
+    prepare.check_folder(out)
+    parts, dataset, source = [], None, {}
+    if cfg.path is not None:
+        files = text_files(cfg.path, "path")
+        parts = prepare.parts_of(files)
+        source = {"path": cfg.path, "files": len(files), "bytes": sum(file.stat().st_size for file in files)}
+    tokenizer = bpe.gpt2() if cfg.tokenizer == "gpt2" else None  # before a download that takes hours
     if cfg.path is None:
         dataset = load(cfg.hub, cfg.hub_config, cfg.hub_split, cfg.hub_revision, cfg.text_key)
         parts = prepare.rows_of(dataset)
         source = {key: cfg[key] for key in ("hub", "hub_config", "hub_split", "hub_revision")}
-    else:
-        files = text_files(cfg.path, "path")
-        parts = prepare.parts_of(files)
-        source = {"path": cfg.path, "files": len(files), "bytes": sum(file.stat().st_size for file in files)}
-    print(f"{len(parts):,} parts, {sum(part.size for part in parts) / 1e6:,.0f} MB -> {out}")
-    tokenizer = (
-        bpe.gpt2()
-        if cfg.tokenizer == "gpt2"
-        else bpe.learn(prepare.sample(parts, cfg.text_key, dataset), cfg.vocab_size)
-    )
+    print(f"{len(parts):,} parts, {sum(part.size for part in parts) / 1e6:,.0f} MB -> {out}", flush=True)
+    tokenizer = tokenizer or bpe.learn(prepare.sample(parts, cfg.text_key, dataset), cfg.vocab_size)
     meta = prepare.prepare(
         out,
         parts,
@@ -48,7 +46,9 @@ def prepare_openwebtext(cfg: Any) -> None:
             f"{split}.bin: {about['tokens']:,} tokens of {about['documents']:,} documents, {about['bytes']:,} bytes of text"
         )
     if meta["unreadable"]:
-        print(f"left out: {meta['unreadable']:,} rows or files without readable text under {cfg.text_key!r}")
+        print(
+            f"left out: {meta['unreadable']:,} rows without text under text_key={cfg.text_key}, or files that are not UTF-8"
+        )
     print(f"\nnext:\n  python -m gptlab.train data=openwebtext data.path={shlex.quote(str(out))}")
 
 
@@ -75,7 +75,7 @@ def load(hub: str, name: str | None, split: str, revision: str | None, text_key:
         ) from None
     if text_key not in dataset.column_names:
         raise ValueError(f"text_key={text_key}: {hub} has the columns {', '.join(dataset.column_names)}")
-    return dataset
+    return dataset.select_columns([text_key])
 
 
 if __name__ == "__main__":

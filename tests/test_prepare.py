@@ -379,21 +379,46 @@ def test_a_file_that_is_no_text_is_counted_and_the_rest_kept(tmp_path):
 
 
 @pytest.mark.parametrize("bad", range(5))
-def test_a_damaged_stretch_of_a_long_text(bad, tmp_path, monkeypatch):
-    """Five parts, one of them broken: the others are still one document, and the next file is another."""
+def test_a_long_text_with_a_bad_byte_is_left_out(bad, tmp_path, monkeypatch):
+    """Not only the part that has it: a document with a hole would be trained on as if it were whole."""
     monkeypatch.setattr(prepare, "PART", 50)
     pieces = [f"{i} words in a row, {i} words in a row, and so more..\n".encode() for i in range(5)]
     pieces[bad] = pieces[bad].replace(b"more", b"mor\xe9")
     (tmp_path / "a.txt").write_bytes(b"".join(pieces))
     (tmp_path / "b.txt").write_text("the end")
-    parts = parts_of(sorted(tmp_path.iterdir()))
-    encoded = [Encoder(tokenizer().state(), "text", None)(part) for part in parts]
+    encoded = [
+        Encoder(tokenizer().state(), "text", None)(part) for part in parts_of([tmp_path / "a.txt", tmp_path / "b.txt"])
+    ]
     ids = np.concatenate([np.frombuffer(part.ids, "<u2") for part in encoded]).tolist()
-    assert len(parts) == 6 and sum(part.unreadable for part in encoded) == 1
-    assert ids.count(tokenizer().end_of_text) == 2
-    first, second, rest = tokenizer().decode(ids).split("<|endoftext|>")
-    assert (second, rest) == ("the end", "")
-    assert [f"in a row, {i} words" in first for i in range(5)] == [i != bad for i in range(5)]
+    assert sum(part.unreadable for part in encoded) == 1
+    assert tokenizer().decode(ids) == "the end<|endoftext|>"
+
+
+@pytest.mark.parametrize("size", [1, 700, 10**6])
+def test_row_groups_of_any_size_are_cut_by_rows(size, tmp_path, monkeypatch):
+    """A row group may be larger than memory; each of its rows is read exactly once, in order."""
+    import pyarrow
+    from pyarrow import parquet
+
+    monkeypatch.setattr(prepare, "PARQUET_PART", size)
+    texts = [f"{i} and so on" * (i % 5) for i in range(1500)]
+    parquet.write_table(pyarrow.table({"n": range(1500), "text": texts}), tmp_path / "a.parquet", row_group_size=700)
+    parts = parts_of([tmp_path / "a.parquet"])
+    assert [text for part in parts for text, _ in prepare.read(part, "text")] == texts
+    assert (len(parts) == 3) == (size == 10**6)
+
+
+def test_the_work_of_another_command_is_not_thrown_away(tmp_path):
+    """It may have taken hours; the same command goes on with it, and another folder is as good."""
+    source = write_jsonl(tmp_path / "a.jsonl", documents(20))
+    out = tmp_path / "out"
+    (out / ".partial").mkdir(parents=True)
+    state = {"asked": "something else", "job": "j", "parts": 3, "ids": 0, "documents": 0, "open_document": [0, 0]}
+    (out / ".partial/state.json").write_text(json.dumps({**state, "unreadable": 0}))
+    with pytest.raises(ValueError, match="unfinished work of another command"):
+        make(out, [source])
+    shutil.rmtree(out)
+    make(out, [source])
 
 
 # --- cut in parts
@@ -580,7 +605,7 @@ def test_two_processes_on_one_folder(tmp_path):
         (["path=a.jsonl", "processes=0"], "processes=0: it must be at least 1"),
         (["path=a.json"], "a.json cannot be read as it is; give .jsonl"),
         (["path=a.parquet"], "a.parquet is no Parquet file"),
-        (["hub=no/such_set"], "hub=no/such_set: the data set cannot be loaded"),
+        (["hub=no/such_set", "tokenizer=bpe", "vocab_size=300"], "hub=no/such_set: the data set cannot be loaded"),
         (["path=a.jsonl", "tokenizer=bpe", "vocab_size=257"], "1 documents cannot be split"),
         (["path=a.jsonl", "tokenizer=bpe", "vocab_size=257", "text_key=body"], "text_key=body: give another"),
     ],
@@ -648,5 +673,5 @@ def test_a_short_first_file_is_no_measure_of_the_room_needed(tmp_path, monkeypat
 
 def test_a_folder_that_cannot_be_made(tmp_path):
     source = write_jsonl(tmp_path / "a.jsonl", documents(20))
-    with pytest.raises(ValueError, match=r"a.jsonl cannot be made \(Not a directory\)"):
+    with pytest.raises(ValueError, match=r"a.jsonl cannot be made \(File exists\)"):
         make(source, [source])

@@ -3,6 +3,7 @@ greedy generation; and what is logged and resolved around them."""
 
 import json
 import logging
+import pickle
 import re
 import shutil
 import subprocess
@@ -455,13 +456,13 @@ class RightUpTo50(torch.nn.Module):
 
 
 def test_two_processes_count_as_one():
-    """520 problems in one and 521 in the other, which has nearly all of the mistakes: neither a share of one process
-    nor the mean of both is the accuracy. (Real processes: the slow test above.)"""
+    """An uneven number of problems, and of mistakes: neither a share of one process nor the mean of both is the accuracy.
+    (Real processes: the slow test above.)"""
     data, sums, measured = prepared(addition(2)), [], []
 
-    def reduce(count: torch.Tensor, reduce_op: str) -> torch.Tensor:
-        sums.append(count)
-        return count + sums[len(sums) - 3] if len(sums) > 2 else count  # the second process adds what the first said
+    def reduce(counts: torch.Tensor, reduce_op: str) -> torch.Tensor:
+        sums.append(counts)
+        return sum(sums)  # the second process adds what the first said
 
     for rank in range(2):
         trainer = SimpleNamespace(datamodule=data, precision_plugin=Precision(), sanity_checking=False,
@@ -473,9 +474,10 @@ def test_two_processes_count_as_one():
             callback.on_validation_batch_end(trainer, module, None, batches[k], k)
         callback.on_validation_epoch_end(trainer, module)
         measured.append(module.measured["val/accuracy"])
-    assert measured[0] == 1.0
     right = [a <= 50 for a, _ in numbers(data.held_out, 2)]
     assert measured[1] == sum(right) / len(right)
+    first = right[: len(right) // 2]
+    assert measured[0] == sum(first) / len(first) != measured[1]
 
 
 def test_debug_fast_runs_through(tmp_path):
@@ -562,3 +564,11 @@ def test_gpt2_124m_is_nanogpts_recipe():
     schedule = {key: o[key] for key in ("schedule", "lr", "min_lr", "warmup_steps", "decay_steps")}
     rates = [optim.learning_rate(step, **schedule) for step in (0, 2000, 301_000, 600_000, 700_000)]
     assert rates == pytest.approx([6e-4 / 2001, 6e-4, (6e-4 + 6e-5) / 2, 6e-5, 6e-5])
+
+
+def test_worker_processes_get_no_trainer():
+    """It cannot be pickled, which matters wherever workers are not forked (macOS, and Python 3.14 on Linux)."""
+    data = prepared(addition(2))
+    data.trainer = SimpleNamespace(loop=(i for i in range(3)))
+    steps = pickle.loads(pickle.dumps(data.train_steps(0, 1)))
+    assert torch.equal(steps[3][0], data.train_steps(0, 1)[3][0])

@@ -42,8 +42,9 @@ class ExactMatch(L.Callback):
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self._asked:
-            exact, asked = (trainer.strategy.reduce(n, reduce_op="sum") for n in self._tensors(pl_module.device))
-            pl_module.measured["val/accuracy"] = (exact / asked).item()
+            counts = torch.tensor([int(self._exact), self._asked], device=pl_module.device)
+            exact, asked = trainer.strategy.reduce(counts, reduce_op="sum").tolist()
+            pl_module.measured["val/accuracy"] = exact / asked
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not (self._mistakes and trainer.is_global_zero):
@@ -57,9 +58,3 @@ class ExactMatch(L.Callback):
             question, right = data.written(problem.tolist())
             if (wrong := data.written(given)[1]) != right:  # the same, where rounding decides between two symbols
                 log.info("    %s%s, not %s", question, right, wrong)
-
-    def _tensors(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        return (
-            torch.as_tensor(self._exact, dtype=torch.float64, device=device),
-            torch.as_tensor(self._asked, dtype=torch.float64, device=device),
-        )

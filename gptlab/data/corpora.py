@@ -186,12 +186,12 @@ def token_files(path: str | None) -> Path:
     Raises:
         FileNotFoundError: it does not hold both token files.
     """
-    folder = Path(path).expanduser() if path else data_folder(None) / "openwebtext"
-    missing = [name for name in ("train.bin", "val.bin") if not (folder / name).is_file()]
+    folder = Path(os.path.expanduser(path)) if path else data_folder(None) / "openwebtext"
+    missing = [name for name in ("train.bin", "val.bin") if not os.path.isfile(folder / name)]
     if not missing:
         return folder
     given = f"data.path={path}" if path else f"data.path is not given, and {folder}"
-    if (folder / ".partial").is_dir():
+    if os.path.isdir(folder / ".partial"):
         raise FileNotFoundError(f"{given}: its preparation has not come to its end; give the same command again")
     raise FileNotFoundError(
         f"{given} holds no {' and no '.join(missing)}; prepare OpenWebText or documents of your own with "
@@ -201,7 +201,7 @@ def token_files(path: str | None) -> Path:
 
 def data_folder(folder: str | None) -> Path:
     """`data.folder`, else $GPTLAB_DATA, else ~/.cache/gptlab."""
-    return Path(folder or os.environ.get("GPTLAB_DATA") or "~/.cache/gptlab").expanduser()
+    return Path(os.path.expanduser(folder or os.environ.get("GPTLAB_DATA") or "~/.cache/gptlab"))
 
 
 def digest(content: bytes) -> str:

@@ -6,11 +6,14 @@ document. Then the documents are dealt to the two splits, shuffled as nanoGPT's 
 written and synced, it lies in the folder `.partial`; a run that is interrupted goes on from there.
 """
 
+import bisect
+import codecs
 import collections
 import contextlib
 import errno
 import fcntl
 import hashlib
+import itertools
 import json
 import math
 import mmap
@@ -19,10 +22,12 @@ import os
 import re
 import shutil
 import signal
+import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,6 +39,7 @@ from gptlab.runs import write_json
 from gptlab.tokenizer import BPETokenizer, from_state, id_type
 
 PART = 4 << 20  # bytes of a source that are encoded at a time
+PARQUET_PART = 64 << 20  # there each part is looked for from the beginning of its row group
 COPY = 1 << 20  # tokens that are copied at a time
 # Where a text can be cut, see `whole_words`: after a visible character of ASCII, or one of two or three bytes, that a blank
 # follows. Left out are all characters that Unicode counts as blanks, and some others.
@@ -41,9 +47,9 @@ BORDER = re.compile(rb"(?:[!-~]|[\xc3-\xdf][\x80-\xbf]|\xe3\x80[\x81-\xbf]|\xe3[
 
 
 class Part(NamedTuple):
-    """A piece of a source: bytes start ... stop of a file, its row group `start`, or rows of a data set."""
+    """A piece of a source: bytes start ... stop of a text or .jsonl file, or those rows of a Parquet file or a data set."""
 
-    kind: str  # text | jsonl | parquet | rows
+    kind: str  # text | jsonl | parquet | rows, or unreadable: a file
     file: str
     start: int
     stop: int
@@ -68,9 +74,24 @@ def parts_of(files: list[Path]) -> list[Part]:
             )
         else:
             kind, size = "jsonl" if suffix in (".jsonl", ".ndjson") else "text", file.stat().st_size
+            if kind == "text" and size > PART and not _is_utf8(file):  # a smaller one is read at once
+                found.append(Part("unreadable", str(file), 0, size, size))
+                continue
             starts = range(0, max(size, 1), PART)
             found += [Part(kind, str(file), at, min(at + PART, size), min(PART, size - at)) for at in starts]
     return found
+
+
+def _is_utf8(file: Path) -> bool:
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    try:
+        with open(file, "rb") as opened:
+            while piece := opened.read(1 << 20):
+                decoder.decode(piece)
+            decoder.decode(b"", final=True)
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def _parquet_parts(file: Path) -> list[Part]:
@@ -81,8 +102,13 @@ def _parquet_parts(file: Path) -> list[Part]:
         metadata = parquet.ParquetFile(file).metadata
     except (pyarrow.ArrowException, OSError) as error:
         raise ValueError(f"path: {file} is no Parquet file ({error})") from None
-    groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
-    return [Part("parquet", str(file), i, g.num_rows, g.total_byte_size) for i, g in enumerate(groups)]
+    parts, first = [], 0
+    for group in (metadata.row_group(i) for i in range(metadata.num_row_groups)):
+        n = max(-(-group.total_byte_size // PARQUET_PART), 1)
+        ends = [first + group.num_rows * i // n for i in range(n + 1)]
+        parts += [Part("parquet", str(file), *rows, group.total_byte_size // n) for rows in itertools.pairwise(ends)]
+        first = ends[-1]
+    return parts
 
 
 def rows_of(dataset: Any, rows: int = 1000) -> list[Part]:
@@ -100,9 +126,10 @@ def read(part: Part, text_key: str, dataset: Any = None) -> Iterator[tuple[str |
         yield from ((text, True) for text in _read_jsonl(part, text_key))
     elif part.kind == "parquet":
         yield from ((text, True) for text in _read_parquet(part, text_key))
+    elif part.kind == "rows":
+        yield from ((text, True) for text in _read_rows(part, text_key, dataset))
     else:
-        for value in dataset[part.start : part.stop][text_key]:
-            yield value if isinstance(value, str) else None, True
+        yield None, True
 
 
 def _read_text(part: Part) -> Iterator[tuple[str | None, bool]]:
@@ -113,10 +140,8 @@ def _read_text(part: Part) -> Iterator[tuple[str | None, bool]]:
         raw = file.read(stop - start)
     try:
         yield raw.decode("utf-8"), part.stop == size
-    except UnicodeDecodeError:
+    except UnicodeDecodeError:  # only where the part is the whole file: see `parts_of`
         yield None, True
-        if part.start > 0:  # the rest of the document is there already
-            yield "", part.stop == size
 
 
 def _border(file: Any, at: int, size: int) -> int:
@@ -154,18 +179,40 @@ def _read_parquet(part: Part, text_key: str) -> Iterator[str | None]:
     import pyarrow
     from pyarrow import parquet
 
-    left = part.stop
+    at = part.start
     try:
-        for batch in parquet.ParquetFile(part.file).iter_batches(256, row_groups=[part.start], columns=[text_key]):
-            for value in batch.column(0):
-                left -= 1
-                try:
-                    text = value.as_py()
-                except UnicodeDecodeError:
-                    text = None
-                yield text if isinstance(text, str) else None
-    except (pyarrow.ArrowException, OSError, IndexError):  # the rest of the row group; IndexError: no such column
-        yield from [None] * left
+        file = parquet.ParquetFile(part.file, memory_map=True, buffer_size=1 << 20)  # read as far as it is needed
+        sizes = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
+        ends = list(itertools.accumulate(sizes))
+        group = bisect.bisect_right(ends, part.start)
+        first = ends[group] - sizes[group]
+        for batch in file.iter_batches(256, row_groups=[group], columns=[text_key]):
+            column = batch.column(0).slice(max(at - first, 0))[: part.stop - at]
+            first += len(batch)
+            for value in column:
+                at += 1
+                yield _as_text(value.as_py)
+            if at == part.stop:
+                return
+    except (pyarrow.ArrowException, OSError, IndexError):  # IndexError: no such column
+        yield from [None] * (part.stop - at)
+
+
+def _read_rows(part: Part, text_key: str, dataset: Any) -> Iterator[str | None]:
+    try:
+        values = dataset[part.start : part.stop][text_key]
+        yield from (value if isinstance(value, str) else None for value in values)
+    except UnicodeDecodeError:  # one by one, then
+        for row in range(part.start, part.stop):
+            yield _as_text(lambda row=row: dataset[row][text_key])
+
+
+def _as_text(get: Callable[[], Any]) -> str | None:
+    try:
+        value = get()
+    except UnicodeDecodeError:
+        return None
+    return value if isinstance(value, str) else None
 
 
 class Encoded(NamedTuple):
@@ -231,6 +278,11 @@ def encode_all(parts: list[Part], processes: int, *encoder: Any) -> Iterator[Enc
                     yield pending.popleft().result()
             while pending:
                 yield pending.popleft().result()
+        except BrokenProcessPool:
+            raise ValueError(
+                "a process that encodes was killed, perhaps because memory was short: give fewer with processes=N; the "
+                "same command goes on"
+            ) from None
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 
@@ -239,7 +291,8 @@ def encode_all(parts: list[Part], processes: int, *encoder: Any) -> Iterator[Enc
 class State:
     """How far the first pass has come; `ids` and `documents` count what its two files hold."""
 
-    job: str
+    asked: str  # what the command asks for
+    job: str  # and what the sources were like
     parts: int = 0
     ids: int = 0
     documents: int = 0
@@ -271,26 +324,32 @@ def prepare(
         ValueError: no room for it, no documents for one of the splits, or a folder that holds something else.
     """
     work = out / ".partial"
-    if wait and not work.exists() and (out / "train.bin").exists():  # another process has just finished it
-        return json.loads((out / "meta.json").read_text("utf-8"))
-    if not work.exists() and (
-        there := [name for name in ("train.bin", "val.bin", "meta.json") if (out / name).exists()]
-    ):
-        raise ValueError(f"{out} holds {' and '.join(there)} already: train on it, or give another folder")
-    try:
-        work.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"{out} cannot be made ({error.strerror}): give another folder") from None
-    with _alone(work / "lock", wait), _room_explained(out):
+    if not wait:
+        check_folder(out)
+    out.mkdir(parents=True, exist_ok=True)
+    with _alone(out, wait), _room_explained(out):
         if not (out / "train.bin").exists():
+            work.mkdir(exist_ok=True)
             sources = _identity(parts, dataset)
-            job = _digest([parts, sources, tokenizer.state(), text_key])
-            state = _first_pass(work, job, parts, tokenizer, text_key, dataset, processes)
+            asked = _digest([{**source, "files": 0, "bytes": 0}, tokenizer.vocab_size, text_key])
+            state = State(asked, _digest([parts, sources, tokenizer.state(), text_key]))
+            state = _first_pass(work, state, parts, tokenizer, text_key, dataset, processes)
             if _identity(parts, dataset) != sources:
                 raise ValueError("a file changed while it was being read; start again once nothing writes to it")
             _second_pass(out, work, state, tokenizer, source, val_share, split_seed)
         shutil.rmtree(work, ignore_errors=True)
     return json.loads((out / "meta.json").read_text("utf-8"))
+
+
+def check_folder(out: Path) -> None:
+    """Raises ValueError if a folder cannot be made, or holds what is not to be overwritten."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"{out} cannot be made ({error.strerror}): give another folder") from None
+    there = [name for name in ("train.bin", "val.bin", "meta.json") if (out / name).exists()]
+    if there and not (out / ".partial").exists():
+        raise ValueError(f"{out} holds {' and '.join(there)} already: train on it, or give another folder")
 
 
 def _identity(parts: list[Part], dataset: Any) -> list[Any]:
@@ -304,15 +363,16 @@ def _digest(value: Any) -> str:
 
 
 @contextlib.contextmanager
-def _alone(lock: Path, wait: bool) -> Iterator[None]:
-    with open(lock, "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(
-                f"another process is writing {lock.parent.parent}: wait for it, or give another folder"
-            ) from None
+def _alone(out: Path, wait: bool) -> Iterator[None]:
+    """A lock on the folder, which leaves nothing behind."""
+    folder = os.open(out, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
+    except BlockingIOError:
+        raise ValueError(f"another process is writing {out}: wait for it, or give another folder") from None
+    finally:
+        os.close(folder)
 
 
 @contextlib.contextmanager
@@ -328,14 +388,10 @@ def _room_explained(out: Path) -> Iterator[None]:
 
 
 def _first_pass(
-    work: Path, job: str, parts: list[Part], tokenizer: BPETokenizer, text_key: str, dataset: Any, processes: int
+    work: Path, state: State, parts: list[Part], tokenizer: BPETokenizer, text_key: str, dataset: Any, processes: int
 ) -> State:
     """Encode all parts into work/ids and work/documents, or those that an earlier run did not get to."""
-    progress = work / "state.json"
-    state = State(job)
-    with contextlib.suppress(OSError, ValueError, TypeError):
-        if (before := State(**json.loads(progress.read_text("utf-8")))).job == job:
-            state = before
+    state = _earlier(work, state)
     encoder, left = (tokenizer.state(), text_key, dataset), parts[state.parts :]
     dtype = id_type(tokenizer.vocab_size)
     with open(work / "ids", "ab") as ids, open(work / "documents", "ab") as documents:
@@ -346,22 +402,19 @@ def _first_pass(
             for file in (ids, documents):
                 file.flush()
                 os.fsync(file.fileno())
-            write_json(progress, asdict(state))
+            write_json(work / "state.json", asdict(state))
 
-        size = sum(part.size for part in parts)
-        bar = tqdm(
-            total=size,
-            initial=sum(part.size for part in parts[: state.parts]),
-            desc="encoding",
-            unit="B",
-            unit_scale=True,
-            disable=None,
-        )
         seen, to_read = 0, sum(part.size for part in left)
+        done = sum(part.size for part in parts[: state.parts])
         tokens, started, saved = 0, time.monotonic(), time.monotonic()
-        with bar:
+        with _bar(done + to_read, initial=done, desc="encoding", unit="B") as bar:
             for part, encoded in zip(left, encode_all(left, processes, *encoder), strict=True):
-                if state.parts == 0 and encoded.unreadable and not encoded.documents and part.kind != "text":
+                if (
+                    state.parts == 0
+                    and encoded.unreadable
+                    and not encoded.documents
+                    and part.kind in ("jsonl", "parquet", "rows")
+                ):
                     raise ValueError(
                         f"none of the first {encoded.unreadable} rows of {part.file or 'the data set'} has text under "
                         f"text_key={text_key}: give another text_key"
@@ -379,6 +432,30 @@ def _first_pass(
                     saved = time.monotonic()
         save()
     return state
+
+
+def _earlier(work: Path, state: State) -> State:
+    """What an earlier run of the same command has left of the same sources; else the new state.
+
+    Raises:
+        ValueError: another command has left its work here, which may have taken hours.
+    """
+    try:
+        before = State(**json.loads((work / "state.json").read_text("utf-8")))
+    except (OSError, ValueError, TypeError):
+        return state
+    if before.asked != state.asked and before.parts:
+        raise ValueError(
+            f"{work.parent} holds the unfinished work of another command: give that one again, or another folder, or delete "
+            f"{work}"
+        )
+    return before if before.job == state.job else state
+
+
+def _bar(total: int, **options: Any) -> tqdm:
+    """With rate and time left; where it goes to a file, once a minute."""
+    seconds = 0.2 if sys.stderr.isatty() else 60.0
+    return tqdm(total=total, unit_scale=True, mininterval=seconds, delay=seconds, **options)
 
 
 def _append(encoded: Encoded, state: State, ids: Any, documents: Any) -> None:
@@ -416,7 +493,7 @@ def _second_pass(
     # The very order of datasets' train_test_split(test_size=val_share, seed=split_seed, shuffle=True).
     order = np.random.default_rng(split_seed).permutation(state.documents)
     documents = Documents(work, id_type(tokenizer.vocab_size).newbyteorder("<"))
-    with tqdm(total=state.ids, desc="copying", unit=" tokens", unit_scale=True, disable=None) as bar:
+    with _bar(state.ids, desc="copying", unit=" tokens") as bar:
         val = documents.copy(order[:n_val], work / "val.bin", bar)
         train = documents.copy(order[n_val:], work / "train.bin", bar)
     meta = {

@@ -10,6 +10,7 @@ import itertools
 import json
 import string
 from abc import abstractmethod
+from typing import Any
 
 import numpy as np
 import torch
@@ -66,7 +67,15 @@ class ProblemData(WindowData):
         """(N, n_question) -> the same, with the same symbols for questions that must not be on both sides."""
         return questions
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For worker processes, which draw problems and have no use for the trainer."""
+        return {key: value for key, value in self.__dict__.items() if key != "trainer"}
+
     def setup(self, stage: str | None = None) -> None:
+        if not 0 < self.held_out_share < 1:
+            raise ValueError(
+                f"{type(self).__name__}.held_out_share={self.held_out_share}: it must be above 0 and below 1"
+            )
         if not hasattr(self, "record"):
             self.held_out = self._find_held_out()
             if not len(self.held_out):
@@ -142,7 +151,7 @@ class HeldOut(Dataset):
     """Item k: the k-th batch of held-out problems, and their mask, (b, T + 1)."""
 
     def __init__(self, data: ProblemData, problems: np.ndarray, batch_size: int) -> None:
-        self.data, self.problems, self.batch_size = data, problems, max(batch_size, 512)
+        self.data, self.problems, self.batch_size = data, problems, batch_size
 
     def __len__(self) -> int:
         return -(-len(self.problems) // self.batch_size)
@@ -203,9 +212,9 @@ class SortData(ProblemData):
 
 
 def _hash(rows: np.ndarray) -> np.ndarray:
-    """A number of 64 bits for each row of (N, n) small integers, as good as random: SplitMix64's mixing of bits (Steele,
+    """A number of 64 bits for each row of (N, n) small integers, spread like random ones: SplitMix64's mixing of bits (Steele,
     Lea and Flood 2014), once for each column."""
-    state = np.full(len(rows), 133, dtype=np.uint64)  # 133: about a tenth is held out even of 100 problems
+    state = np.full(len(rows), 133, dtype=np.uint64)  # chosen: about a tenth is held out even of 100 problems
     for column in rows.T.astype(np.uint64):
         state = (state ^ column) + np.uint64(0x9E3779B97F4A7C15)
         state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)

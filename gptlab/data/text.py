@@ -41,6 +41,7 @@ class TextData(WindowData):
         path: str | None = None,
         val_path: str | None = None,
         url: str | None = None,
+        file: str | None = None,
         sha256: str | None = None,
         fallback: str | None = None,
         folder: str | None = None,
@@ -61,6 +62,7 @@ class TextData(WindowData):
                 f"data=text data.path={path or 'FILE'} data.val_path={val_path}"
             )
         self.path, self.val_path, self.url, self.sha256 = path, val_path, url, sha256
+        self.file = file or f"{self.name}.txt"
         self.fallback, self.folder = fallback, folder
         self.kind, self.vocab_size = tokenizer, vocab_size
         self._text: Iterable[str] | None = None  # pieces of it
@@ -80,7 +82,7 @@ class TextData(WindowData):
             self.resolved["val_path"] = from_anywhere(self.val_path)
 
     def _fetch(self) -> Iterable[str]:
-        file = data_folder(self.folder) / f"{self.name}.txt"
+        file = data_folder(self.folder) / self.file
         try:
             download(self.url, self.sha256, file)
             self.resolved = {"folder": str(file.parent.resolve())}
