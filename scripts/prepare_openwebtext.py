@@ -2,6 +2,7 @@
 
 import os
 import shlex
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,8 @@ def prepare_openwebtext(cfg: Any) -> None:
         parts = prepare.rows_of(dataset)
         source = {key: cfg[key] for key in ("hub", "hub_config", "hub_split", "hub_revision")}
     print(f"{len(parts):,} parts, {sum(part.size for part in parts) / 1e6:,.0f} MB -> {out}", flush=True)
+    if tokenizer is None:
+        print(f"learning {cfg.vocab_size:,} tokens from a sample of up to 100 MB", flush=True)
     tokenizer = tokenizer or bpe.learn(prepare.sample(parts, cfg.text_key, dataset), cfg.vocab_size)
     meta = prepare.prepare(
         out,
@@ -45,6 +48,8 @@ def prepare_openwebtext(cfg: Any) -> None:
         print(
             f"{split}.bin: {about['tokens']:,} tokens of {about['documents']:,} documents, {about['bytes']:,} bytes of text"
         )
+    if meta["val"]["tokens"] < 10_000:
+        print("few tokens for validation: a larger val_share gives it more documents (into another folder)")
     if meta["unreadable"]:
         print(
             f"left out: {meta['unreadable']:,} rows without text under text_key={cfg.text_key}, or files that are not UTF-8"
@@ -79,4 +84,9 @@ def load(hub: str, name: str | None, split: str, revision: str | None, text_key:
 
 
 if __name__ == "__main__":
-    cli.main(prepare_openwebtext, "prepare")
+    try:
+        cli.main(prepare_openwebtext, "prepare")
+    except SystemExit as end:
+        if end.code == 130:
+            print("\ninterrupted; the same command goes on where it was", file=sys.stderr)
+        raise

@@ -40,7 +40,8 @@ def gpt2() -> BPETokenizer:
         except (OSError, http.client.HTTPException) as error:
             raise FileNotFoundError(
                 f"GPT-2's vocabulary is not here and cannot be downloaded ({error}). Fetch {GPT2_URL}{name} where there "
-                f"is a network and put it at {file}; its SHA-256 is {sha256}. Without a download, a vocabulary is "
+                f"is a network and put it at {file} (TIKTOKEN_CACHE_DIR names another folder); its SHA-256 is "
+                f"{sha256}. So with {' and '.join(GPT2_FILES)}. Without a download, a vocabulary is "
                 "learned from the text itself: data.tokenizer=bpe data.vocab_size=1024"
             ) from None
     ranks = tiktoken.get_encoding("gpt2")._mergeable_ranks

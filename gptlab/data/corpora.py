@@ -194,8 +194,9 @@ def token_files(path: str | None) -> Path:
     if os.path.isdir(folder / ".partial"):
         raise FileNotFoundError(f"{given}: its preparation has not come to its end; give the same command again")
     raise FileNotFoundError(
-        f"{given} holds no {' and no '.join(missing)}; prepare OpenWebText or documents of your own with "
-        f"python scripts/prepare_openwebtext.py out={path or folder}"
+        f"{given} holds no {' and no '.join(missing)}: give a folder that has been prepared, OpenWebText with "
+        "python scripts/prepare_openwebtext.py, documents of your own with "
+        "python scripts/prepare_openwebtext.py path=DOCUMENTS out=FOLDER"
     )
 
 

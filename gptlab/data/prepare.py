@@ -487,8 +487,9 @@ def _second_pass(
     n_val = math.ceil(val_share * state.documents)
     if not 1 <= n_val < state.documents:
         raise ValueError(
-            f"{state.documents} documents cannot be split into training and validation (val_share={val_share}); for a single "
-            "text: python -m gptlab.train data=text data.path=FILE data.tokenizer=gpt2"
+            f"{state.documents} documents cannot be split into training and validation (val_share={val_share}), and "
+            f"{state.unreadable} more could not be read (rows without text, files that are not UTF-8); for a single text: "
+            "python -m gptlab.train data=text data.path=FILE data.tokenizer=gpt2"
         )
     # The very order of datasets' train_test_split(test_size=val_share, seed=split_seed, shuffle=True).
     order = np.random.default_rng(split_seed).permutation(state.documents)
