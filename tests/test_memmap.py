@@ -168,9 +168,9 @@ def refused(folder: Path, said: str, kind: str | None = None, error: type[Except
 
 
 def test_nothing_there(tmp_path, prepared, monkeypatch):
-    refused(tmp_path / "none", "none holds no train.bin and no val.bin; prepare", error=FileNotFoundError)
+    refused(tmp_path / "none", "none holds no train.bin and no val.bin: give a folder", error=FileNotFoundError)
     (prepared / "val.bin").unlink()
-    refused(prepared, r"ids holds no val.bin; prepare", error=FileNotFoundError)
+    refused(prepared, r"ids holds no val.bin: give a folder", error=FileNotFoundError)
     (prepared / ".partial").mkdir()
     refused(prepared, "its preparation has not come to its end", error=FileNotFoundError)
     monkeypatch.setenv("GPTLAB_DATA", str(tmp_path / "data"))
