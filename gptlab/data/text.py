@@ -96,7 +96,7 @@ class TextData(WindowData):
             raise FileNotFoundError(trouble)
         self.warning = f"NOT training on {self.name}: {trouble}. Training on {self.fallback} instead."
         self.name = self.fallback
-        self.resolved = {"name": self.name, "url": None, "sha256": None, "fallback": None}
+        self.resolved = {"name": self.name, "url": None, "file": None, "sha256": None, "fallback": None}
         return [python_docs()]
 
     def setup(self, stage: str | None = None) -> None:
