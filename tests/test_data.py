@@ -118,7 +118,7 @@ def test_failed_download_falls_back_under_another_name(server, tmp_path, reply):
     data = char_data(url=server.url, sha256=SHA256, folder=str(tmp_path), fallback="python_docs")
     assert data.record["name"] == "python_docs" and data.record["sha256"] != SHA256
     assert "NOT training on a_text" in data.warning
-    assert data.resolved == {"name": "python_docs", "url": None, "sha256": None, "fallback": None}
+    assert data.resolved == {"name": "python_docs", "url": None, "file": None, "sha256": None, "fallback": None}
     assert list(tmp_path.iterdir()) == []
 
 
