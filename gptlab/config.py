@@ -14,6 +14,7 @@ from typing import Any
 
 MISSING: Any = "???"  # OmegaConf's mark of a value that must be given
 VALIDATED = ("val/loss", "val/perplexity", "val/bits_per_byte")  # what each validation measures
+MAX_VOCAB_SIZE = 2**20  # five times the largest vocabulary in use; a model of more could not be meant
 OPENWEBTEXT = "Skylion007/openwebtext"  # on the Hugging Face hub
 PRECISIONS = {"32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}  # ours -> Lightning's
 
@@ -36,6 +37,8 @@ AT_LEAST = {
     **{f"{at}temperature": 0 for at in ("", "callbacks.sample_text.")},
     **{f"{at}top_k": 1 for at in ("", "callbacks.sample_text.")},
     "num_samples": 1,
+    "split_seed": 0,
+    "processes": 1,
     "callbacks.early_stopping.patience": 1,
     "callbacks.early_stopping.min_delta": 0,
     "callbacks.ema.decay": 0,
@@ -466,27 +469,28 @@ def _cross_problems(cfg: Any) -> Iterator[str]:
 
 def prepare_problems(cfg: Any) -> Iterator[str]:
     """What is wrong with a config of scripts/prepare_openwebtext.py."""
+    yield from value_problems(cfg)
     if cfg.tokenizer not in ("gpt2", "bpe"):
         yield f"tokenizer={cfg.tokenizer}: it must be gpt2 or bpe"
     elif (cfg.vocab_size is None) == (cfg.tokenizer == "bpe"):
         yield f"vocab_size={cfg.vocab_size}: it goes with tokenizer=bpe, and that needs it, such as vocab_size=8192"
-    elif cfg.vocab_size is not None and not 257 <= cfg.vocab_size <= 2**20:
-        yield f"vocab_size={cfg.vocab_size}: it must be at least 257 (256 bytes and the end of text) and at most {2**20}"
+    yield from _vocab_size_problems("vocab_size", cfg.vocab_size)
     if not 0 < cfg.val_share < 1:
         yield f"val_share={cfg.val_share}: it must be above 0 and below 1"
     if cfg.out is None and (cfg.path is not None or cfg.hub != OPENWEBTEXT):
         yield "out is missing: a folder for what is made of these documents, such as out=my_docs"
-    for key, least in (("split_seed", 0), ("processes", 1)):
-        if cfg[key] is not None and cfg[key] < least:
-            yield f"{key}={cfg[key]}: it must be at least {least}"
+
+
+def _vocab_size_problems(key: str, size: int | None) -> Iterator[str]:
+    if size is not None and not 257 <= size <= MAX_VOCAB_SIZE:
+        yield f"{key}={size}: it must be at least 257 (256 bytes and the end of text) and at most {MAX_VOCAB_SIZE}"
 
 
 def _data_problems(data: Any) -> Iterator[str]:
     """What can be said of gptlab's own data sets without reading the data."""
     target = data.get("_target_")
-    size = data.vocab_size if target in (TextConfig._target_, PythonStdlibConfig._target_) else None
-    if size is not None and not 257 <= size <= 2**20:  # tokenizer.MAX_VOCAB_SIZE
-        yield f"data.vocab_size={size}: it must be at least 257 (256 bytes and the end of text) and at most {2**20}"
+    if target in (TextConfig._target_, PythonStdlibConfig._target_):
+        yield from _vocab_size_problems("data.vocab_size", data.vocab_size)
     if target == TextConfig._target_:
         yield from _text_problems(data)
     elif target == MemmapConfig._target_:

@@ -1,7 +1,6 @@
 """Text <-> token ids. A tokenizer's state is plain JSON, so that a checkpoint carries it."""
 
 import base64
-import binascii
 import json
 import re
 import sys
@@ -11,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-MAX_VOCAB_SIZE = 2**20  # five times the largest vocabulary in use; a model of more could not be meant
+from gptlab.config import MAX_VOCAB_SIZE
 
 
 class CharTokenizer:
@@ -71,7 +70,7 @@ class CharTokenizer:
 
     def token_bytes(self) -> np.ndarray:
         """How many bytes of UTF-8 each token stands for, (vocab_size,): what bits per byte are counted with."""
-        return np.array([len(char.encode("utf-8", "surrogatepass")) for char in self.chars])
+        return np.array([len(char.encode("utf-8")) for char in self.chars])
 
     def state(self) -> dict[str, Any]:
         return {"type": "char", "chars": self.chars}
@@ -92,11 +91,11 @@ class BPETokenizer:
 
     # GPT-2's, as tiktoken writes it: without backtracking where none can help.
     PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
-    START = "\n"  # as nanoGPT's sample.py
+    start = "\n"  # what an empty prompt stands for, as in nanoGPT's sample.py
     END_OF_TEXT = "<|endoftext|>"
 
     def __init__(self, tokens: list[bytes]) -> None:
-        self.tokens, self.start = tokens, self.START
+        self.tokens = tokens
         if not 256 <= len(tokens) < MAX_VOCAB_SIZE:
             raise ValueError(f"a BPE vocabulary has 256 to {MAX_VOCAB_SIZE - 1:,} tokens, not {len(tokens):,}")
         if len(set(tokens)) != len(tokens) or b"" in tokens:
@@ -191,7 +190,7 @@ def from_state(state: dict[str, Any]) -> CharTokenizer | BPETokenizer:
         raise ValueError(f"a BPE vocabulary must be a string of tokens in base64, not {type(tokens).__name__}")
     try:
         return BPETokenizer([base64.b64decode(token, validate=True) for token in tokens.split(" ")])
-    except (binascii.Error, ValueError) as error:
+    except ValueError as error:
         raise ValueError(f"the BPE vocabulary is damaged: {error}") from None
 
 

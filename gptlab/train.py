@@ -79,9 +79,7 @@ def settle_machine(cfg: Any) -> None:
             ("bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16") if cuda else "32"
         )
     if cfg.data.get("workers", 0) is None:
-        cfg.data.workers = (
-            2 if on_gpu and torch.cuda.is_available() else 0
-        )  # on a Mac, each would get a copy of the data
+        cfg.data.workers = 2 if on_gpu and torch.cuda.is_available() else 0  # a Mac's would each get a copy of the data
     if on_gpu:
         torch.set_float32_matmul_precision("high")  # TF32 for what is left in 32 bits, as nanoGPT
 

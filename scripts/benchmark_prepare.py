@@ -21,7 +21,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from gptlab.data.prepare import Part, _read_jsonl
+from gptlab.data.documents import Part, read
 
 SPLITS = ("train.bin", "val.bin")
 
@@ -89,9 +89,8 @@ def raw_tiktoken(texts: list[str]) -> float:
 
 def ceiling(documents: Path, cores: int) -> float:
     size = min(documents.stat().st_size // cores, 40_000_000)
-    shares = [
-        list(_read_jsonl(Part("jsonl", str(documents), i * size, (i + 1) * size, size), "text")) for i in range(cores)
-    ]
+    parts = [Part("jsonl", str(documents), i * size, (i + 1) * size, size) for i in range(cores)]
+    shares = [[text for text, _ in read(part, "text")] for part in parts]
     with multiprocessing.get_context("spawn").Pool(cores) as pool:
         return sum(pool.map(raw_tiktoken, shares, chunksize=1))
 

@@ -13,7 +13,7 @@ def prepare_openwebtext(cfg: Any) -> None:
     """Tokenise a data set of the Hugging Face hub, or local files, into `out`."""
     if problems := list(config.prepare_problems(cfg)):
         raise ValueError("\n".join(problems))
-    from gptlab.data import bpe, prepare
+    from gptlab.data import bpe, documents, prepare
     from gptlab.data.corpora import data_folder, text_files
 
     out = Path(os.path.expanduser(cfg.out)) if cfg.out else data_folder(None) / "openwebtext"
@@ -21,17 +21,17 @@ def prepare_openwebtext(cfg: Any) -> None:
     parts, dataset, source = [], None, {}
     if cfg.path is not None:
         files = text_files(cfg.path, "path")
-        parts = prepare.parts_of(files)
+        parts = documents.parts_of(files)
         source = {"path": cfg.path, "files": len(files), "bytes": sum(file.stat().st_size for file in files)}
     tokenizer = bpe.gpt2() if cfg.tokenizer == "gpt2" else None  # before a download that takes hours
     if cfg.path is None:
         dataset = load(cfg.hub, cfg.hub_config, cfg.hub_split, cfg.hub_revision, cfg.text_key)
-        parts = prepare.rows_of(dataset)
+        parts = documents.rows_of(dataset)
         source = {key: cfg[key] for key in ("hub", "hub_config", "hub_split", "hub_revision")}
     print(f"{len(parts):,} parts, {sum(part.size for part in parts) / 1e6:,.0f} MB -> {out}", flush=True)
     if tokenizer is None:
         print(f"learning {cfg.vocab_size:,} tokens from a sample of up to 100 MB", flush=True)
-    tokenizer = tokenizer or bpe.learn(prepare.sample(parts, cfg.text_key, dataset), cfg.vocab_size)
+    tokenizer = tokenizer or bpe.learn(documents.sample(parts, cfg.text_key, dataset), cfg.vocab_size)
     meta = prepare.prepare(
         out,
         parts,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from gptlab.data import bpe, prepare
+from gptlab.data import bpe, documents, prepare
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # several tests at a time: threads that wait for each other spin
 
@@ -62,7 +62,7 @@ def write_token_files(folder: Path) -> None:
         )
     files = sorted(texts.iterdir())
     tokenizer = bpe.learn((file.read_text() for file in files), 300)
-    parts = prepare.parts_of(files)
+    parts = documents.parts_of(files)
     prepare.prepare(folder, parts, tokenizer, source={}, val_share=0.1, split_seed=1, processes=1)
 
 

@@ -23,8 +23,10 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 
 from gptlab.data import bpe, prepare
+from gptlab.data import documents as reading
+from gptlab.data.documents import parts_of, read, rows_of
 from gptlab.data.memmap import MemmapData
-from gptlab.data.prepare import Encoder, parts_of, read, rows_of
+from gptlab.data.prepare import Encoder
 from gptlab.tokenizer import BPETokenizer
 
 SCRIPT = Path(__file__).parents[1] / "scripts/prepare_openwebtext.py"
@@ -62,7 +64,7 @@ def make(out: Path, files: list[Path], **changes) -> dict[str, bytes]:
 @pytest.fixture
 def small_parts(monkeypatch):
     """Many parts of a small source, and a note of the progress after each second one or so."""
-    monkeypatch.setattr(prepare, "PART", 2000)
+    monkeypatch.setattr(reading, "PART", 2000)
     monkeypatch.setattr(prepare, "COPY", 500)
     monkeypatch.setattr(prepare, "time", SimpleNamespace(monotonic=itertools.count(0, 2.5).__next__))
 
@@ -193,11 +195,11 @@ KILLED = """
 import itertools, json, os, shutil, signal, sys
 from pathlib import Path
 from types import SimpleNamespace
-from gptlab.data import prepare
+from gptlab.data import documents, prepare
 from gptlab.tokenizer import from_state
 
 out, source, state = Path(sys.argv[1]), Path(sys.argv[2]), json.loads(Path(sys.argv[3]).read_text())
-prepare.PART, prepare.COPY = 2000, 500
+documents.PART, prepare.COPY = 2000, 500
 prepare.time = SimpleNamespace(monotonic=itertools.count(0, 2.5).__next__)
 events, moment = itertools.count(1), 0
 
@@ -220,7 +222,7 @@ while True:
     moment += 1
     child = os.fork()
     if child == 0:
-        parts = prepare.parts_of([source])
+        parts = documents.parts_of([source])
         prepare.prepare(out / str(moment), parts, from_state(state), source={}, val_share=0.1, split_seed=2357, processes=1)
         os._exit(0)
     status = os.waitpid(child, 0)[1]
@@ -381,7 +383,7 @@ def test_a_file_that_is_no_text_is_counted_and_the_rest_kept(tmp_path):
 @pytest.mark.parametrize("bad", range(5))
 def test_a_long_text_with_a_bad_byte_is_left_out(bad, tmp_path, monkeypatch):
     """Not only the part that has it: a document with a hole would be trained on as if it were whole."""
-    monkeypatch.setattr(prepare, "PART", 50)
+    monkeypatch.setattr(reading, "PART", 50)
     pieces = [f"{i} words in a row, {i} words in a row, and so more..\n".encode() for i in range(5)]
     pieces[bad] = pieces[bad].replace(b"more", b"mor\xe9")
     (tmp_path / "a.txt").write_bytes(b"".join(pieces))
@@ -400,11 +402,11 @@ def test_row_groups_of_any_size_are_cut_by_rows(size, tmp_path, monkeypatch):
     import pyarrow
     from pyarrow import parquet
 
-    monkeypatch.setattr(prepare, "PARQUET_PART", size)
+    monkeypatch.setattr(reading, "PARQUET_PART", size)
     texts = [f"{i} and so on" * (i % 5) for i in range(1500)]
     parquet.write_table(pyarrow.table({"n": range(1500), "text": texts}), tmp_path / "a.parquet", row_group_size=700)
     parts = parts_of([tmp_path / "a.parquet"])
-    assert [text for part in parts for text, _ in prepare.read(part, "text")] == texts
+    assert [text for part in parts for text, _ in read(part, "text")] == texts
     assert (len(parts) == 3) == (size == 10**6)
 
 
@@ -435,7 +437,7 @@ def test_a_text_in_parts_has_the_ids_of_the_whole(tmp_path_factory, text, size):
     file = tmp_path_factory.mktemp("text") / "a.txt"
     file.write_bytes(text.encode())
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prepare, "PART", size)
+        patch.setattr(reading, "PART", size)
         parts = parts_of([file])
     assert len(parts) == max(-(-len(text.encode()) // size), 1)
     found = [Encoder(tokenizer().state(), "text", None)(part) for part in parts]
@@ -449,7 +451,7 @@ def test_a_text_in_parts_has_the_ids_of_the_whole(tmp_path_factory, text, size):
 @pytest.mark.parametrize("shift", range(6))
 def test_a_place_to_cut_across_two_reads(shift, tmp_path, monkeypatch):
     """It is looked for in 64 KiB at a time, from byte 20,000 on; here the only one lies about the end of the first."""
-    monkeypatch.setattr(prepare, "PART", 20_000)
+    monkeypatch.setattr(reading, "PART", 20_000)
     text = "x" * (20_000 + (1 << 16) - shift) + "字 b"
     (tmp_path / "a.txt").write_text(text, encoding="utf-8")
     pieces = [piece for part in parts_of([tmp_path / "a.txt"]) for piece, _ in read(part, "text")]
@@ -470,7 +472,7 @@ def test_each_row_is_read_once_however_the_file_is_cut(tmp_path_factory, rows, l
     file = tmp_path_factory.mktemp("rows") / "a.jsonl"
     file.write_bytes((line_break.join(line for line, _ in rows) + line_break * ends).encode())
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prepare, "PART", size)
+        patch.setattr(reading, "PART", size)
         parts = parts_of([file])
     assert [text for part in parts for text, _ in read(part, "text")] == [text for _, texts in rows for text in texts]
     shutil.rmtree(file.parent)
@@ -515,7 +517,7 @@ def test_a_full_disk_at_any_moment(tmp_path, small_parts, monkeypatch):
 
 def test_memory_does_not_grow_with_the_text(tmp_path, monkeypatch):
     """Four times the text: the ids alone, if they were kept, would be several times the allowance."""
-    monkeypatch.setattr(prepare, "PART", 1 << 16)
+    monkeypatch.setattr(reading, "PART", 1 << 16)
     monkeypatch.setattr(prepare, "COPY", 1 << 14)
 
     def peak(count: int) -> int:
@@ -557,7 +559,7 @@ def test_a_folder_that_holds_something_is_not_written(name, tmp_path):
 HOLDING = """
 import sys
 from pathlib import Path
-from gptlab.data import prepare
+from gptlab.data import documents, prepare
 from gptlab.tokenizer import BPETokenizer
 
 append = prepare._append
@@ -567,7 +569,7 @@ def pause(*args):
     append(*args)
 
 prepare._append = pause
-parts, bytes_ = prepare.parts_of([Path(sys.argv[1])]), BPETokenizer([bytes([i]) for i in range(256)])
+parts, bytes_ = documents.parts_of([Path(sys.argv[1])]), BPETokenizer([bytes([i]) for i in range(256)])
 prepare.prepare(Path(sys.argv[2]), parts, bytes_, source={"by": "it"}, val_share=0.1, split_seed=1, processes=1)
 """
 
@@ -602,7 +604,7 @@ def test_two_processes_on_one_folder(tmp_path):
         (["path=a.jsonl", "vocab_size=300"], "vocab_size=300: it goes with tokenizer=bpe"),
         (["path=b.jsonl"], "path=b.jsonl: No such file or directory; did you mean a.jsonl"),
         (["path=a.jsonl", "val_share=2"], "val_share=2.0: it must be above 0 and below 1"),
-        (["path=a.jsonl", "processes=0"], "processes=0: it must be at least 1"),
+        (["path=a.jsonl", "processes=0"], "processes=0: it must be a number, at least 1"),
         (["path=a.json"], "a.json cannot be read as it is; give .jsonl"),
         (["path=a.parquet"], "a.parquet is no Parquet file"),
         (["hub=no/such_set", "tokenizer=bpe", "vocab_size=300"], "hub=no/such_set: the data set cannot be loaded"),
@@ -633,12 +635,12 @@ def test_who_waits_accepts_what_was_finished_before(tmp_path):
 POOL = """
 import multiprocessing, sys, time
 from pathlib import Path
-from gptlab.data import prepare
+from gptlab.data import documents, prepare
 from gptlab.tokenizer import BPETokenizer
 
 if __name__ == "__main__":
     bytes_ = BPETokenizer([bytes([i]) for i in range(256)])
-    encoded = prepare.encode_all(prepare.parts_of([Path(sys.argv[1])]) * 50, 2, bytes_.state(), "text", None)
+    encoded = prepare.encode_all(documents.parts_of([Path(sys.argv[1])]) * 50, 2, bytes_.state(), "text", None)
     next(encoded)
     print(*(worker.pid for worker in multiprocessing.active_children()), flush=True)
     time.sleep(60)

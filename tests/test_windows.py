@@ -3,6 +3,8 @@
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
 from gptlab.data.windows import Ids, StepsFrom, TrainSteps, ValBatches, share, window_starts
@@ -51,6 +53,36 @@ def test_workers_do_not_change_the_stream():
 def test_windows_stay_inside_and_reach_both_ends(tokens, block_size):
     starts = window_starts(0, 0, 5000, tokens - block_size)
     assert starts.min() == 0 and starts.max() == tokens - block_size - 1
+
+
+@settings(deadline=None)
+@given(
+    tokens=st.integers(2, 300),
+    block_size=st.integers(1, 299),
+    batch_size=st.integers(1, 40),
+    seed=st.integers(0, 2**63 - 1),
+    step=st.integers(0, 2**40),
+    world_size=st.integers(1, 5),
+)
+def test_any_step_of_any_run_is_whole_windows_shared_without_gap(
+    tokens, block_size, batch_size, seed, step, world_size
+):
+    """For any sizes: consecutive tokens inside the data, and the processes' parts are the batch of one process."""
+    block_size, world_size = min(block_size, tokens - 1), min(world_size, batch_size)
+    whole = steps(1, 0, batch_size, seed, tokens, block_size)[step]
+    assert whole.shape == (batch_size, block_size + 1)
+    assert whole.min() >= 0 and whole.max() < tokens and (whole.diff(dim=1) == 1).all()
+    assert torch.equal(
+        torch.cat([steps(world_size, r, batch_size, seed, tokens, block_size)[step] for r in range(world_size)]), whole
+    )
+
+
+@settings(deadline=None, max_examples=5)
+@given(start=st.integers(0, 10**9), length=st.integers(1, 12), workers=st.integers(1, 2))
+def test_any_number_of_workers_gives_the_stream_of_none(start, length, workers):
+    sampler = StepsFrom(start, start + length)
+    none, some = (DataLoader(steps(), sampler=sampler, batch_size=None, num_workers=n) for n in (0, workers))
+    assert torch.equal(torch.cat(list(none)), torch.cat(list(some)))
 
 
 def test_share_is_contiguous_and_even():

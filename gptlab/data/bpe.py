@@ -7,8 +7,9 @@ import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
+from gptlab.config import MAX_VOCAB_SIZE
 from gptlab.data.corpora import download
-from gptlab.tokenizer import MAX_VOCAB_SIZE, BPETokenizer, whole_words
+from gptlab.tokenizer import BPETokenizer, whole_words
 
 # OpenAI's files of GPT-2, and their SHA-256.
 GPT2_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"

@@ -12,8 +12,9 @@ import numpy as np
 
 from gptlab.data import bpe
 from gptlab.data.corpora import data_folder, token_files
-from gptlab.data.prepare import parts_of, prepare
-from gptlab.data.windows import WindowData
+from gptlab.data.documents import parts_of
+from gptlab.data.prepare import prepare
+from gptlab.data.windows import WindowData, spread
 from gptlab.tokenizer import from_state, id_type
 
 READ_WHOLE = 1 << 30  # bytes: larger files are not read from end to end before training
@@ -53,8 +54,7 @@ class MemmapData(WindowData):
     def setup(self, stage: str | None = None) -> None:
         if hasattr(self, "record"):
             return
-        meta = read_meta(self.folder, self.kind)
-        self.tokenizer = from_state(meta["tokenizer"]) if meta else bpe.gpt2()
+        self.tokenizer, meta = read_meta(self.folder, self.kind)
         self.record = {"name": self.name}
         for split, name in (("train", "sha256"), ("val", "val_sha256")):
             ids = open_ids(self.folder / f"{split}.bin", self.tokenizer.vocab_size, meta.get(split))
@@ -63,8 +63,8 @@ class MemmapData(WindowData):
         self.check_lengths(f"data.path={self.folder}")
 
 
-def read_meta(folder: Path, kind: str | None) -> dict[str, Any]:
-    """What meta.json says, empty if there is none.
+def read_meta(folder: Path, kind: str | None) -> tuple[Any, dict[str, Any]]:
+    """The tokenizer, and what else meta.json says of each split: nothing, if there is none.
 
     Raises:
         ValueError: it is damaged, contradicts itself or data.tokenizer; or there is none, and no data.tokenizer either.
@@ -76,12 +76,13 @@ def read_meta(folder: Path, kind: str | None) -> dict[str, Any]:
             hint = "it looks like nanoGPT's characters: train on the text itself, data=text data.path=input.txt" if pickled else (
                 "if its ids are GPT-2's, as nanoGPT's are, add data.tokenizer=gpt2")  # fmt: skip
             raise ValueError(f"data.path={folder} has no meta.json that says what its ids stand for; {hint}")
-        return {}
+        return bpe.gpt2(), {}
     try:
         meta = json.loads(file.read_bytes())
         if meta["format"] != 1:
             raise ValueError(f"format {meta['format']!r:.100} is not known here")
-        vocab_size = from_state(meta["tokenizer"]).vocab_size
+        tokenizer = from_state(meta["tokenizer"])
+        vocab_size = tokenizer.vocab_size
         if meta["dtype"] != id_type(vocab_size).name:
             raise ValueError(f"dtype {meta['dtype']!r} is not that of a vocabulary of {vocab_size} tokens")
         for split in ("train", "val"):
@@ -96,7 +97,7 @@ def read_meta(folder: Path, kind: str | None) -> dict[str, Any]:
         raise ValueError(
             f"data.tokenizer=gpt2, but {file} says that it is one of {vocab_size} tokens: leave data.tokenizer out"
         )
-    return meta
+    return tokenizer, meta
 
 
 def open_ids(file: Path, vocab_size: int, said: dict[str, Any] | None) -> TokenFile:
@@ -133,13 +134,11 @@ def check_sha256(ids: TokenFile, said: dict[str, Any] | None) -> str:
     Raises:
         ValueError: it is not what meta.json says.
     """
-    sha256, piece, count = hashlib.sha256(), 1 << 20, READ_WHOLE >> 20
-    starts = range(0, ids.nbytes, piece)
+    sha256, piece = hashlib.sha256(), 1 << 20
     if ids.nbytes > READ_WHOLE:
         sha256.update(str(ids.nbytes).encode())
-        starts = [i * (ids.nbytes - piece) // (count - 1) for i in range(count)]
     with open(ids.filename, "rb") as file:
-        for start in starts:
+        for start in spread(ids.nbytes, piece, READ_WHOLE // piece):
             file.seek(start)
             sha256.update(file.read(piece))
     if said and ids.nbytes <= READ_WHOLE and sha256.hexdigest() != said["sha256"]:
@@ -158,13 +157,13 @@ class PythonStdlibData(MemmapData):
 
     def __init__(self, *, vocab_size: int, folder: str | None = None, **windows) -> None:
         super().__init__(**windows)
-        self.vocab_size, self.downloads = vocab_size, folder
+        self.vocab_size, self.cache = vocab_size, data_folder(folder)
 
     def prepare_data(self) -> None:
         files = stdlib_files()
         version, sizes = platform.python_version(), json.dumps([[str(file), file.stat().st_size] for file in files])
         contents = hashlib.sha256(sizes.encode()).hexdigest()[:8]
-        folder = data_folder(self.downloads) / f"python_stdlib_{version}_{contents}_bpe_{self.vocab_size}"
+        folder = self.cache / f"python_stdlib_{version}_{contents}_bpe_{self.vocab_size}"
         if not (folder / "train.bin").exists():
             texts = (file.read_text("utf-8", errors="replace") for file in files)
             prepare(
@@ -179,7 +178,7 @@ class PythonStdlibData(MemmapData):
             )
         self.path = str(folder)
         super().prepare_data()
-        self.resolved = {"folder": str(folder.parent.resolve())}
+        self.resolved = {"folder": str(self.cache.resolve())}
 
 
 def stdlib_files() -> list[Path]:

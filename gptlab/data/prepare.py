@@ -6,26 +6,22 @@ document. Then the documents are dealt to the two splits, shuffled as nanoGPT's 
 written and synced, it lies in the folder `.partial`; a run that is interrupted goes on from there.
 """
 
-import bisect
-import codecs
 import collections
 import contextlib
 import errno
 import fcntl
 import hashlib
-import itertools
 import json
 import math
 import mmap
 import multiprocessing
 import os
-import re
 import shutil
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field
@@ -35,184 +31,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
+from gptlab.data.documents import Part, read
 from gptlab.runs import write_json
 from gptlab.tokenizer import BPETokenizer, from_state, id_type
 
-PART = 4 << 20  # bytes of a source that are encoded at a time
-PARQUET_PART = 64 << 20  # there each part is looked for from the beginning of its row group
 COPY = 1 << 20  # tokens that are copied at a time
-# Where a text can be cut, see `whole_words`: after a visible character of ASCII, or one of two or three bytes, that a blank
-# follows. Left out are all characters that Unicode counts as blanks, and some others.
-BORDER = re.compile(rb"(?:[!-~]|[\xc3-\xdf][\x80-\xbf]|\xe3\x80[\x81-\xbf]|\xe3[\x81-\xbf][\x80-\xbf]|[\xe4-\xef][\x80-\xbf]{2})(?=[ \t\r\n])")  # fmt: skip
-
-
-class Part(NamedTuple):
-    """A piece of a source: bytes start ... stop of a text or .jsonl file, or those rows of a Parquet file or a data set."""
-
-    kind: str  # text | jsonl | parquet | rows, or unreadable: a file
-    file: str
-    start: int
-    stop: int
-    size: int  # bytes, about
-
-
-def parts_of(files: list[Path]) -> list[Part]:
-    """What is to be read, in order: of .jsonl and .parquet files each row is a document, any other file is one itself.
-
-    Raises:
-        ValueError: a .parquet that is none, or a kind of file that cannot be read here.
-    """
-    found: list[Part] = []
-    for file in files:
-        suffix = file.suffix.lower()
-        if suffix == ".parquet":
-            found += _parquet_parts(file)
-        elif suffix in (".json", ".gz", ".zst", ".bz2", ".xz", ".zip", ".arrow"):
-            raise ValueError(
-                f"path: {file} cannot be read as it is; give .jsonl (a JSON object in each line), .parquet or text files, "
-                "unpacked"
-            )
-        else:
-            kind, size = "jsonl" if suffix in (".jsonl", ".ndjson") else "text", file.stat().st_size
-            if kind == "text" and size > PART and not _is_utf8(file):  # a smaller one is read at once
-                found.append(Part("unreadable", str(file), 0, size, size))
-                continue
-            starts = range(0, max(size, 1), PART)
-            found += [Part(kind, str(file), at, min(at + PART, size), min(PART, size - at)) for at in starts]
-    return found
-
-
-def _is_utf8(file: Path) -> bool:
-    decoder = codecs.getincrementaldecoder("utf-8")()
-    try:
-        with open(file, "rb") as opened:
-            while piece := opened.read(1 << 20):
-                decoder.decode(piece)
-            decoder.decode(b"", final=True)
-    except UnicodeDecodeError:
-        return False
-    return True
-
-
-def _parquet_parts(file: Path) -> list[Part]:
-    import pyarrow
-    from pyarrow import parquet
-
-    try:
-        metadata = parquet.ParquetFile(file).metadata
-    except (pyarrow.ArrowException, OSError) as error:
-        raise ValueError(f"path: {file} is no Parquet file ({error})") from None
-    parts, first = [], 0
-    for group in (metadata.row_group(i) for i in range(metadata.num_row_groups)):
-        n = max(-(-group.total_byte_size // PARQUET_PART), 1)
-        ends = [first + group.num_rows * i // n for i in range(n + 1)]
-        parts += [Part("parquet", str(file), *rows, group.total_byte_size // n) for rows in itertools.pairwise(ends)]
-        first = ends[-1]
-    return parts
-
-
-def rows_of(dataset: Any, rows: int = 1000) -> list[Part]:
-    """The parts of a data set of Hugging Face's `datasets`."""
-    size = (dataset.data.nbytes or 0) // max(len(dataset), 1)
-    starts = range(0, len(dataset), rows)
-    return [Part("rows", "", at, min(at + rows, len(dataset)), size * min(rows, len(dataset) - at)) for at in starts]
-
-
-def read(part: Part, text_key: str, dataset: Any = None) -> Iterator[tuple[str | None, bool]]:
-    """The texts of a part, None for what cannot be read, and for each whether its document ends with it."""
-    if part.kind == "text":
-        yield from _read_text(part)
-    elif part.kind == "jsonl":
-        yield from ((text, True) for text in _read_jsonl(part, text_key))
-    elif part.kind == "parquet":
-        yield from ((text, True) for text in _read_parquet(part, text_key))
-    elif part.kind == "rows":
-        yield from ((text, True) for text in _read_rows(part, text_key, dataset))
-    else:
-        yield None, True
-
-
-def _read_text(part: Part) -> Iterator[tuple[str | None, bool]]:
-    with open(part.file, "rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        start, stop = _border(file, part.start, size), _border(file, part.stop, size)
-        file.seek(start)
-        raw = file.read(stop - start)
-    try:
-        yield raw.decode("utf-8"), part.stop == size
-    except UnicodeDecodeError:  # only where the part is the whole file: see `parts_of`
-        yield None, True
-
-
-def _border(file: Any, at: int, size: int) -> int:
-    """The first place from `at` on where the text can be cut."""
-    if at == 0:
-        return 0
-    while at < size:
-        file.seek(at)
-        window = file.read(1 << 16)
-        if found := BORDER.search(window):
-            return at + found.end()
-        at += max(len(window) - 3, 1)  # a character may lie across
-    return size
-
-
-def _read_jsonl(part: Part, text_key: str) -> Iterator[str | None]:
-    """Of the lines that begin in the part."""
-    with open(part.file, "rb") as file:
-        at = max(part.start - 1, 0)
-        file.seek(at)
-        if part.start > 0:
-            at += len(file.readline())
-        while at < part.stop and (line := file.readline()):
-            at += len(line)
-            if line.isspace():
-                continue
-            try:
-                text = json.loads(line)[text_key]
-                yield text if isinstance(text, str) else None
-            except (ValueError, KeyError, TypeError, RecursionError):
-                yield None
-
-
-def _read_parquet(part: Part, text_key: str) -> Iterator[str | None]:
-    import pyarrow
-    from pyarrow import parquet
-
-    at = part.start
-    try:
-        file = parquet.ParquetFile(part.file, memory_map=True, buffer_size=1 << 20)  # read as far as it is needed
-        sizes = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
-        ends = list(itertools.accumulate(sizes))
-        group = bisect.bisect_right(ends, part.start)
-        first = ends[group] - sizes[group]
-        for batch in file.iter_batches(256, row_groups=[group], columns=[text_key]):
-            column = batch.column(0).slice(max(at - first, 0))[: part.stop - at]
-            first += len(batch)
-            for value in column:
-                at += 1
-                yield _as_text(value.as_py)
-            if at == part.stop:
-                return
-    except (pyarrow.ArrowException, OSError, IndexError):  # IndexError: no such column
-        yield from [None] * (part.stop - at)
-
-
-def _read_rows(part: Part, text_key: str, dataset: Any) -> Iterator[str | None]:
-    try:
-        values = dataset[part.start : part.stop][text_key]
-        yield from (value if isinstance(value, str) else None for value in values)
-    except UnicodeDecodeError:  # one by one, then
-        for row in range(part.start, part.stop):
-            yield _as_text(lambda row=row: dataset[row][text_key])
-
-
-def _as_text(get: Callable[[], Any]) -> str | None:
-    try:
-        value = get()
-    except UnicodeDecodeError:
-        return None
-    return value if isinstance(value, str) else None
+ENOUGH = 4 << 20  # bytes of sources, to tell from how many tokens there will be
 
 
 class Encoded(NamedTuple):
@@ -404,34 +228,33 @@ def _first_pass(
                 os.fsync(file.fileno())
             write_json(work / "state.json", asdict(state))
 
-        seen, to_read = 0, sum(part.size for part in left)
-        done = sum(part.size for part in parts[: state.parts])
-        tokens, started, saved = 0, time.monotonic(), time.monotonic()
+        done, to_read, seen = sum(part.size for part in parts[: state.parts]), sum(part.size for part in left), 0
+        ids_before, started, saved = state.ids, time.monotonic(), time.monotonic()
         with _bar(done + to_read, initial=done, desc="encoding", unit="B") as bar:
             for part, encoded in zip(left, encode_all(left, processes, *encoder), strict=True):
-                if (
-                    state.parts == 0
-                    and encoded.unreadable
-                    and not encoded.documents
-                    and part.kind in ("jsonl", "parquet", "rows")
-                ):
-                    raise ValueError(
-                        f"none of the first {encoded.unreadable} rows of {part.file or 'the data set'} has text under "
-                        f"text_key={text_key}: give another text_key"
-                    )
+                if state.parts == 0:
+                    _check_text_key(part, encoded, text_key)
                 _append(encoded, state, ids, documents)
-                tokens += len(encoded.ids) // dtype.itemsize
-                before, seen = seen, seen + part.size
-                if before < min(PART, to_read) <= seen:  # enough to tell from, once
-                    to_come = tokens * dtype.itemsize / seen * (to_read - seen)
-                    _check_room(work, 2 * to_come + state.ids * dtype.itemsize)
-                bar.set_postfix_str(f"{tokens / (time.monotonic() - started) / 1e6:.2f} M tokens/s", refresh=False)
+                new, seen = state.ids - ids_before, seen + part.size
+                if seen >= min(ENOUGH, to_read):
+                    to_come = new / max(seen, 1) * (to_read - seen)
+                    _check_room(work, (2 * to_come + state.ids) * dtype.itemsize)
+                bar.set_postfix_str(f"{new / (time.monotonic() - started) / 1e6:.2f} M tokens/s", refresh=False)
                 bar.update(part.size)
                 if time.monotonic() - saved > 10:
                     save()
                     saved = time.monotonic()
         save()
     return state
+
+
+def _check_text_key(part: Part, encoded: Encoded, text_key: str) -> None:
+    """Raises ValueError if the first part has rows and none of them has a text."""
+    if encoded.unreadable and not encoded.documents and part.kind in ("jsonl", "parquet", "rows"):
+        raise ValueError(
+            f"none of the first {encoded.unreadable} rows of {part.file or 'the data set'} has text under "
+            f"text_key={text_key}: give another text_key"
+        )
 
 
 def _earlier(work: Path, state: State) -> State:
@@ -554,12 +377,3 @@ class Documents:
                 shift = starts[first:last] - (ends[first:last] - lengths[first:last] - before)
                 yield self.ids[np.repeat(shift, lengths[first:last]) + np.arange(ends[last - 1] - before)]
             first = last
-
-
-def sample(parts: list[Part], text_key: str, dataset: Any = None, most: int = 100_000_000) -> Iterator[str]:
-    """Texts from parts spread over all, about `most` bytes: enough to learn a vocabulary from, on flat memory."""
-    step = max(sum(part.size for part in parts) // most, 1)
-    for part in parts[::step]:
-        for text, _ in read(part, text_key, dataset):
-            with contextlib.suppress(UnicodeEncodeError, AttributeError):  # a lone surrogate, or None
-                yield text.encode("utf-8").decode("utf-8")

@@ -9,7 +9,6 @@ import hashlib
 import itertools
 import json
 import string
-from abc import abstractmethod
 from typing import Any
 
 import numpy as np
@@ -55,13 +54,13 @@ class ProblemData(WindowData):
         self.n_question, self.n_answer = n_question, n_answer
         self.resolved = {"block_size": needed}
 
-    @abstractmethod
     def answer(self, questions: np.ndarray) -> np.ndarray:
         """(N, n_question) -> (N, n_answer) symbols."""
+        raise NotImplementedError
 
-    @abstractmethod
     def written(self, problem: list[int]) -> tuple[str, str]:
         """Question and answer as people write them."""
+        raise NotImplementedError
 
     def canonical(self, questions: np.ndarray) -> np.ndarray:
         """(N, n_question) -> the same, with the same symbols for questions that must not be on both sides."""
@@ -117,10 +116,8 @@ class ProblemData(WindowData):
         found, count = np.empty((0, self.n_question), dtype=np.int64), 2 * HELD_OUT
         for first in itertools.count(0, count):
             drawn = self._draw(2**127, first, count)  # a key that no seed has
-            _, places = np.unique(
-                found := np.concatenate((found, drawn[self.is_held_out(drawn)])), axis=0, return_index=True
-            )
-            found = found[np.sort(places)]
+            found = np.concatenate((found, drawn[self.is_held_out(drawn)]))
+            found = found[np.sort(np.unique(found, axis=0, return_index=True)[1])]  # each where it came first
             if len(found) >= HELD_OUT or first > 100 * count:  # few problems: nearly all that there are
                 return self._complete(found[:HELD_OUT])
 
@@ -131,9 +128,10 @@ class ProblemData(WindowData):
     def train_steps(self, rank: int, world_size: int) -> Dataset:
         return ProblemSteps(self, rank, world_size)
 
-    def val_batches(self, batch_size: int, rank: int, world_size: int) -> Dataset:
+    def val_batches(self, batch_size: int, rank: int, world_size: int) -> list[tuple[Tensor, Tensor]]:
         mine = validated_share(len(self.held_out), self.val_windows, rank, world_size)
-        return HeldOut(self, self.held_out[mine.start : mine.stop], batch_size)
+        batches = torch.from_numpy(self.held_out[mine.start : mine.stop]).split(batch_size)
+        return [(ids, self.mask(len(ids))) for ids in batches]
 
 
 class ProblemSteps(Dataset):
@@ -144,20 +142,6 @@ class ProblemSteps(Dataset):
 
     def __getitem__(self, step: int) -> tuple[Tensor, Tensor]:
         ids = self.data.problems(step * self.data.batch_size + self.share.start, len(self.share))
-        return torch.from_numpy(ids), self.data.mask(len(ids))
-
-
-class HeldOut(Dataset):
-    """Item k: the k-th batch of held-out problems, and their mask, (b, T + 1)."""
-
-    def __init__(self, data: ProblemData, problems: np.ndarray, batch_size: int) -> None:
-        self.data, self.problems, self.batch_size = data, problems, batch_size
-
-    def __len__(self) -> int:
-        return -(-len(self.problems) // self.batch_size)
-
-    def __getitem__(self, k: int) -> tuple[Tensor, Tensor]:
-        ids = self.problems[k * self.batch_size : (k + 1) * self.batch_size]
         return torch.from_numpy(ids), self.data.mask(len(ids))
 
 

@@ -7,7 +7,7 @@ neither on the number of processes or workers nor on where a run was interrupted
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -230,8 +230,8 @@ class WindowData(L.LightningDataModule):
         ids = Ids(self.train_ids, self.tokenizer.vocab_size)
         return TrainSteps(ids, self.block_size, self.batch_size, self.seed, rank, world_size)
 
-    def val_batches(self, batch_size: int, rank: int, world_size: int) -> Dataset:
-        """The process's part of the validation, in batches."""
+    def val_batches(self, batch_size: int, rank: int, world_size: int) -> Any:
+        """The process's part of the validation: item k is its k-th batch."""
         ids = Ids(self.val_ids, self.tokenizer.vocab_size)
         return ValBatches(ids, self.block_size, self.val_windows, batch_size, rank, world_size)
 
@@ -249,12 +249,16 @@ class WindowData(L.LightningDataModule):
 def id_range(ids: np.ndarray) -> tuple[int, int]:
     """The least and the greatest id: of all, or in long sequences of 1,024 stretches spread over them, which is at most
     a second's reading."""
-    stretch, count = 1 << 18, 1 << 10
-    starts = range(0, len(ids), stretch)
-    if len(starts) > count:
-        starts = [i * (len(ids) - stretch) // (count - 1) for i in range(count)]
-    found = [(part.min(), part.max()) for part in (ids[start : start + stretch] for start in starts)]
-    return int(min(least for least, _ in found)), int(max(most for _, most in found))
+    stretch = 1 << 18
+    parts = [ids[start : start + stretch] for start in spread(len(ids), stretch, 1 << 10)]
+    return int(min(part.min() for part in parts)), int(max(part.max() for part in parts))
+
+
+def spread(total: int, piece: int, most: int) -> Sequence[int]:
+    """Where pieces begin that are looked at: side by side, or, where they would be more than `most`, so many of them from end
+    to end."""
+    starts = range(0, total, piece)
+    return starts if len(starts) <= most else [i * (total - piece) // (most - 1) for i in range(most)]
 
 
 def check_data(data: Any) -> None:
