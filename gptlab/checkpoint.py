@@ -1,14 +1,16 @@
 """From a checkpoint file to a model that can be used. The file is treated as hostile: only plain values and tensors
 are read from it, nothing in it is interpolated, and classes that gptlab does not define are built only on request."""
 
+import dataclasses
 import importlib
 import inspect
 import pickle
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from gptlab.config import GPTConfig
 from gptlab.tokenizer import from_state
@@ -25,16 +27,22 @@ def load(path: Path, device: str | torch.device = "cpu", *, trust: bool = False)
     """
     checkpoint = read(path)
     config, state = checkpoint["config"], checkpoint["tokenizer"]
-    foreign = foreign_classes(config["model"], state)
+    try:
+        foreign = foreign_classes(config["model"], state)
+    except ValueError as error:
+        raise damaged(path, error) from None
     if foreign and not trust:
         raise ValueError(
             f"{path} needs {' and '.join(foreign)}, which is not gptlab's: building it runs that code. If you "
             "trust the code and whoever wrote the file, add trust=true"
         )
     prefix = "model."
-    weights = {name.removeprefix(prefix): w for name, w in checkpoint["state_dict"].items() if name.startswith(prefix)}
     try:
+        state_dict = checkpoint["state_dict"].items()
+        weights = {name.removeprefix(prefix): tensor for name, tensor in state_dict if name.startswith(prefix)}
         tokenizer = build_tokenizer(state)
+        if config["model"].get("_target_") == GPTConfig._target_:
+            check_sizes(config, tokenizer.vocab_size, weights, path.stat().st_size)
         model = build_model(config["model"], tokenizer.vocab_size, config["data"]["block_size"])
         model.load_state_dict(weights)
     except (RuntimeError, KeyError, TypeError, AttributeError, ValueError) as error:
@@ -49,7 +57,30 @@ def load(path: Path, device: str | torch.device = "cpu", *, trust: bool = False)
 def foreign_classes(model_config: dict[str, Any], tokenizer_state: dict[str, Any]) -> list[str]:
     """The classes that a model and its tokenizer are built from and that are not gptlab's."""
     model, tokenizer = model_config.get("_target_"), tokenizer_state.get("_target_")
-    return [str(target) for target in (model, tokenizer) if target not in (None, GPTConfig._target_)]
+    targets = [target for target in (model, tokenizer) if target not in (None, GPTConfig._target_)]
+    if not all(isinstance(target, str) for target in targets):
+        raise ValueError("a _target_ must be the name of a class")
+    return targets
+
+
+def check_sizes(config: dict[str, Any], vocab_size: int, weights: dict[str, Any], file_size: int) -> None:
+    """Whether the config of a GPT fits the weights that come with it, before memory is taken for what it says.
+
+    Raises:
+        ValueError: it does not.
+    """
+    for field in dataclasses.fields(GPTConfig):
+        value = config["model"].get(field.name, field.default)
+        if type(value) is not field.type and not (field.type is float and type(value) is int):
+            raise ValueError(f"model.{field.name} is no {field.type.__name__}")
+    if type(config["data"]["block_size"]) is not int or config["model"]["n_layer"] > len(weights):
+        raise ValueError("data.block_size or model.n_layer does not fit the weights")
+    with torch.device("meta"):  # shapes alone
+        expected = build_model(config["model"], vocab_size, config["data"]["block_size"]).state_dict()
+    if {name: tensor.shape for name, tensor in expected.items()} != {name: w.shape for name, w in weights.items()}:
+        raise ValueError("the shapes of the weights are not those of the model that its config describes")
+    if sum(tensor.nbytes for tensor in expected.values()) > 2 * file_size:  # tied ones are there twice
+        raise ValueError("the weights take more room than the whole file")
 
 
 def read(path: Path, *, mmap: bool = False) -> dict[str, Any]:
@@ -59,14 +90,29 @@ def read(path: Path, *, mmap: bool = False) -> dict[str, Any]:
         ValueError: not a checkpoint of gptlab, or damaged.
     """
     try:
+        if not mmap:
+            check_bytes(path)
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
         if not all(isinstance(checkpoint[key], dict) for key in ("config", "state_dict", "tokenizer", "data")):
             raise TypeError("it lacks what gptlab puts into one")
         if not all(isinstance(checkpoint["config"][key], dict) for key in ("model", "data")):
             raise TypeError("its config lacks what gptlab puts into one")
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, KeyError, TypeError, ValueError) as error:
+    except Exception as error:  # torch's reader fails in many ways, and all of them are about the file
         raise damaged(path, error) from None
     return checkpoint
+
+
+def check_bytes(path: Path) -> None:
+    """Compare what a checkpoint holds with the checksums that torch wrote with it, but does not look at itself.
+
+    Raises:
+        ValueError, zipfile.BadZipFile: it is damaged.
+    """
+    with zipfile.ZipFile(path) as file:
+        if any(part.compress_type != zipfile.ZIP_STORED for part in file.infolist()):
+            raise ValueError("torch compresses nothing")
+        if (part := file.testzip()) is not None:
+            raise ValueError(f"{part} has another checksum")
 
 
 def damaged(path: Path, error: Exception) -> ValueError:
@@ -83,6 +129,46 @@ def build_model(config: dict[str, Any], vocab_size: int, block_size: int) -> nn.
     """
     arguments = {key: value for key, value in config.items() if key not in ("_target_", "compile")}
     return _build("model", config["_target_"], {"vocab_size": vocab_size, "block_size": block_size, **arguments})
+
+
+@torch.no_grad()
+def check_model(model: nn.Module, vocab_size: int, block_size: int) -> None:
+    """Whether a user's own model offers what GPTModule's docstring asks for, by trying it on a few tokens.
+
+    Raises:
+        ValueError: the text says what is missing or wrong; that it looks ahead would otherwise show as a loss near 0.
+    """
+    name = type(model).__name__
+    if not isinstance(model, nn.Module) or not any(p.requires_grad for p in model.parameters()):
+        raise ValueError(f"model._target_: {name} must be a torch.nn.Module with parameters to train")
+    for key, value in (("vocab_size", vocab_size), ("block_size", block_size)):
+        if getattr(model, key, None) != value:
+            raise ValueError(f"model._target_: {name} must keep its argument {key}={value} as the attribute {key}")
+    T = min(block_size, 128)
+    ids = torch.arange(2 * T).view(2, T) % vocab_size
+    changed = (ids + 1) % vocab_size  # all of the second sequence, but of the first
+    changed[0, :-1] = ids[0, :-1]  # the last token alone
+    was_training = model.training
+    logits, others = model.eval()(ids), model(changed)
+    model.train(was_training)
+    shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+    if (
+        not isinstance(logits, Tensor)
+        or logits.dim() != 3
+        or logits.shape[:2] != ids.shape
+        or logits.shape[2] < vocab_size
+    ):
+        raise ValueError(
+            f"model._target_: {name} must map ids (B, T) to logits (B, T, V) with V >= vocab_size: for ids (2, {T}) and "
+            f"vocab_size={vocab_size} it returned {shape}"
+        )
+    if not torch.isfinite(logits[..., :vocab_size]).all():
+        raise ValueError(f"model._target_: {name} returns logits that are not finite, before any training")
+    if not torch.allclose(logits[0, :-1, :vocab_size], others[0, :-1, :vocab_size], rtol=1e-3, atol=1e-4):
+        raise ValueError(
+            f"model._target_: {name} looks ahead: its logits for a position change with later tokens, which it is to "
+            "predict, or with other sequences; mask them, as is_causal=True does in scaled_dot_product_attention"
+        )
 
 
 def build_tokenizer(state: dict[str, Any]) -> Any:

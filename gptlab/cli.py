@@ -29,7 +29,10 @@ FLAGS = (*VALUE_FLAGS, "--help", "-h", "--hydra-help", "--version", "--resolve",
 # Free text, which Hydra's grammar would trip over: taken word for word, except in sweeps.
 TEXT_KEYS = ("prompt", "prompt_file", "ckpt", "data.path", "data.val_path", "data.folder",
              "path", "out", "hub_split", "callbacks.sample_text.prompt")  # fmt: skip
-RESUME_MAY_CHANGE = ("trainer.", "data.workers", "data.micro_batch_size")
+# How long to train, and what is the machine's: neither changes what a step does.
+RESUME_MAY_CHANGE = ("trainer.max_steps", "trainer.max_time", "optim.decay_steps", "trainer.accelerator",
+                     "trainer.devices", "trainer.num_nodes", "trainer.strategy", "trainer.log_every",
+                     "trainer.checkpoint_every", "data.workers", "data.micro_batch_size")  # fmt: skip
 
 hardware_note = ""  # which hardware was chosen and why, for the log
 
@@ -96,7 +99,7 @@ def _mistakes_as_text(show_all: bool, composing: Callable[[], bool]) -> Iterator
 
 def _remove_unused(run: Path) -> None:
     """The folder that Hydra made, under the name that train.yaml gives it, for a run that was refused before it began."""
-    made = {".hydra/config.yaml", ".hydra/hydra.yaml", ".hydra/overrides.yaml", "train.log"}
+    made = {runs.LOCK, ".hydra/config.yaml", ".hydra/hydra.yaml", ".hydra/overrides.yaml", "train.log"}
     there = {str(path.relative_to(run)) for path in run.rglob("*") if not path.is_dir()}
     if re.fullmatch(r"[\d-]{10}_[\d-]{8}_\d{6}", run.name) and there == made and not (run / "train.log").stat().st_size:
         for name in made:
@@ -125,7 +128,6 @@ def _prepare(argv: list[str], entry: str) -> list[str]:
         raise ValueError("data are prepared one folder at a time: leave -m out")
     if entry != "train":
         return flags + overrides
-    rank = int(os.environ.get("RANK", "0"))
     if given.get("resume", "null") != "null":
         flags, overrides = _resume(given.pop("resume"), flags, given)
     else:
@@ -135,11 +137,16 @@ def _prepare(argv: list[str], entry: str) -> list[str]:
             hardware_note = f"hardware={given['hardware']}, as given"
         if sweep:
             print(hardware_note)
-        if rank > 0:  # under torchrun; composed here, the folder's name would come from this process's own clock
+        if rank() > 0:  # composed here, the folder's name would come from this process's own clock
             overrides += ["hydra.output_subdir=null", f"hydra.run.dir={_quote(tempfile.mkdtemp())}"]
-    if rank > 0:
+    if rank() > 0:
         overrides.append("hydra/job_logging=none")  # the first process speaks for all
     return flags + overrides
+
+
+def rank() -> int:
+    """Of this process among those that torchrun or srun started; 0 for one that starts its own."""
+    return int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0)
 
 
 def _split(argv: list[str]) -> tuple[list[str], list[str]]:
@@ -197,15 +204,18 @@ def _resume(run: str, flags: list[str], given: dict[str, str]) -> tuple[list[str
     """Compose from the run folder's resolved config instead of conf/, into that folder."""
     if {"-m", "--multirun"} & set(flags):
         raise ValueError("resume goes on with one run; it cannot be combined with a sweep (-m)")
-    refused = [key for key in given if not key.lstrip("+").startswith((*RESUME_MAY_CHANGE, "hydra"))]
-    if refused:
+    if refused := [key for key in given if key not in RESUME_MAY_CHANGE]:
         raise ValueError(
             f"a resumed run keeps its config; not to be changed: {', '.join(refused)}. "
-            f"Allowed: {', '.join(key + '*' * key.endswith('.') for key in RESUME_MAY_CHANGE)}"
+            f"Allowed: {', '.join(RESUME_MAY_CHANGE)}"
         )
+    if "optim.decay_steps" in given and "trainer.max_steps" not in given:
+        raise ValueError("optim.decay_steps changes the schedule of a longer run: it goes with trainer.max_steps")
     folder = runs.find_run(run).resolve()
+    if "trainer.checkpoint_every" in given:  # what it set when the run began is a number of its own now
+        given["callbacks.checkpointing.every"] = given["trainer.checkpoint_every"]
     flags = [*flags, "--config-path", str(folder), "--config-name", "config", "--config-dir", str(config.CONF)]
-    overrides = [f"{'++' * key.startswith('data.')}{key}={value}" for key, value in given.items()]
+    overrides = [f"{'++' * key.startswith(('data.', 'callbacks.'))}{key}={value}" for key, value in given.items()]
     place = _quote(str(folder))
     return flags, [
         *overrides,
@@ -213,6 +223,7 @@ def _resume(run: str, flags: list[str], given: dict[str, str]) -> tuple[list[str
         f"hydra.run.dir={place}",
         "hydra.output_subdir=null",
         "hydra/job_logging=gptlab",
+        "hydra/callbacks=gptlab",
     ]
 
 

@@ -30,7 +30,11 @@ AT_LEAST = {
     "data.n_symbols": 2,
     "callbacks.exact_match.show": 0,
     **dict.fromkeys(
-        [f"optim.{key}" for key in ("min_lr", "warmup_steps", "decay_steps", "weight_decay", "grad_clip")], 0
+        [
+            f"optim.{key}"
+            for key in ("min_lr", "warmup_steps", "decay_steps", "weight_decay", "grad_clip", "skip_nonfinite")
+        ],
+        0,
     ),
     "callbacks.checkpointing.every": 1,
     **{f"{at}max_new_tokens": 0 for at in ("", "callbacks.sample_text.")},
@@ -149,6 +153,7 @@ class OptimConfig:
     weight_decay: float = MISSING
     betas: tuple[float, float] = MISSING
     grad_clip: float = MISSING  # norm; 0: off
+    skip_nonfinite: int = 0  # steps that may be left out
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,12 @@ class MetricsFile(Logger):
         values = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
         self._file.write(json.dumps({"step": step, **values}) + "\n")
         self._file.flush()
+
+    @rank_zero_only
+    def save(self) -> None:
+        """Called before each checkpoint, which must never be ahead of the metrics."""
+        if self._file is not None:
+            os.fsync(self._file.fileno())
 
     @rank_zero_only
     def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:

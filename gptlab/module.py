@@ -7,6 +7,7 @@ is False on tokens which do not count as targets; the shift by one happens here 
 
 import contextlib
 import itertools
+import logging
 import math
 from typing import Any
 
@@ -15,77 +16,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchmetrics import Metric
 
 from gptlab import optim
+from gptlab.metrics import TokenMetrics
+from gptlab.watch import OVERFLOW, Watch
+
+log = logging.getLogger(__name__)
 
 Batch = Tensor | tuple[Tensor, Tensor]
-
-
-class TokenMetrics(Metric):
-    """Loss per token, perplexity and bits per byte over all counted tokens, whatever the batches and processes."""
-
-    full_state_update = False
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.add_state("nats", torch.zeros(()), dist_reduce_fx="sum")
-        self.add_state("tokens", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
-        self.add_state("bytes", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
-
-    def update(self, nats: Tensor, tokens: Tensor, text_bytes: Tensor) -> None:
-        self.nats += nats
-        self.tokens += tokens
-        self.bytes += text_bytes
-
-    def compute(self) -> dict[str, float]:
-        nats, tokens, text_bytes = self.nats.item(), self.tokens.item(), self.bytes.item()
-        loss = nats / tokens
-        return {
-            "loss": loss,
-            "perplexity": math.exp(min(loss, 700.0)),  # beyond that a float overflows
-            "bits_per_byte": nats / math.log(2) / text_bytes if text_bytes else math.inf,
-        }
-
-
-@torch.no_grad()
-def check_model(model: nn.Module, vocab_size: int, block_size: int) -> None:
-    """Whether a user's own model offers what GPTModule's docstring asks for, by trying it on a few tokens.
-
-    Raises:
-        ValueError: the text says what is missing or wrong; that it looks ahead would otherwise show as a loss near 0.
-    """
-    name = type(model).__name__
-    if not isinstance(model, nn.Module) or not any(p.requires_grad for p in model.parameters()):
-        raise ValueError(f"model._target_: {name} must be a torch.nn.Module with parameters to train")
-    for key, value in (("vocab_size", vocab_size), ("block_size", block_size)):
-        if getattr(model, key, None) != value:
-            raise ValueError(f"model._target_: {name} must keep its argument {key}={value} as the attribute {key}")
-    T = min(block_size, 128)
-    ids = torch.arange(2 * T).view(2, T) % vocab_size
-    changed = (ids + 1) % vocab_size  # all of the second sequence, but of the first
-    changed[0, :-1] = ids[0, :-1]  # the last token alone
-    was_training = model.training
-    logits, others = model.eval()(ids), model(changed)
-    model.train(was_training)
-    shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-    if (
-        not isinstance(logits, Tensor)
-        or logits.dim() != 3
-        or logits.shape[:2] != ids.shape
-        or logits.shape[2] < vocab_size
-    ):
-        raise ValueError(
-            f"model._target_: {name} must map ids (B, T) to logits (B, T, V) with V >= vocab_size: for ids (2, {T}) and "
-            f"vocab_size={vocab_size} it returned {shape}"
-        )
-    if not torch.isfinite(logits[..., :vocab_size]).all():
-        raise ValueError(f"model._target_: {name} returns logits that are not finite, before any training")
-    if not torch.allclose(logits[0, :-1, :vocab_size], others[0, :-1, :vocab_size], rtol=1e-3, atol=1e-4):
-        raise ValueError(
-            f"model._target_: {name} looks ahead: its logits for a position change with later tokens, which it is to "
-            "predict, or with other sequences; mask them, as is_causal=True does in scaled_dot_product_attention"
-        )
 
 
 class GPTModule(L.LightningModule):
@@ -119,11 +57,14 @@ class GPTModule(L.LightningModule):
         self.automatic_optimization = False
         self.model = model
         self.optim_config, self.seed, self.record = optim_config, seed, record
-        self.micro_batch_size, self.log_every = micro_batch_size, log_every
+        self.asked_micro_batch_size = self.micro_batch_size = micro_batch_size
+        self.val_micro_batch_size: int | None = None  # None: as the batches come
+        self.log_every = log_every
         self.register_buffer("token_bytes", torch.from_numpy(token_bytes), persistent=False)
-        # Since the last log: this process's part of the loss (times the number of processes), gradient norms,
-        # clipped steps, steps. The mean over the processes is what is logged, and what a checkpoint keeps.
-        self.register_buffer("interval", torch.zeros(4), persistent=False)
+        # Of each step since the last log, on the device: this process's part of the loss (times the number of
+        # processes) and the gradient norm. The mean over the processes is what is logged, and what a checkpoint keeps.
+        self.recent: list[Tensor] = []
+        self.watch = Watch(optim_config["grad_clip"], optim_config["skip_nonfinite"])
         self.val_metrics = TokenMetrics()
         self.measured: dict[str, float] = {}  # what callbacks measure in a validation, to be logged with its loss
         self.logged: dict[str, float] = {}  # the newest value of every metric
@@ -137,26 +78,65 @@ class GPTModule(L.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
         step = self.trainer.global_step  # finished ones
-        seed = np.random.SeedSequence([self.seed, step, self.global_rank]).generate_state(1, np.uint64)
-        self._seed_dropout(int(seed[0] >> np.uint64(1)))
         optimizer, lr = self.optimizers(), self._learning_rate(step)
         for group in optimizer.param_groups:
             group["lr"] = lr
 
-        loss = self.accumulate_gradients(batch)
+        loss = self._within_memory(step, batch)
         with torch.autocast(self.device.type, enabled=False):
             optimizer.step()  # clips on the way, in on_before_optimizer_step
         optimizer.zero_grad(set_to_none=True)
-        self.interval[0] += loss
-        self.interval[3] += 1
+        self.recent.append(torch.stack((loss, self.gradient_norm)))
         if step + 1 == self.trainer.max_steps:
             self.trainer.should_stop = True  # has Lightning validate after the last step, whatever val_every
-        if (step + 1) % self.log_every == 0 or self.trainer.should_stop:
-            self._log_interval(lr)  # here and not in a later hook: callbacks may save a checkpoint there
+        log_due = (step + 1) % self.log_every == 0 or self.trainer.should_stop
+        if log_due or (self.device.type == "cpu" and not self.gradient_norm.isfinite()):
+            rows = self._recent_mean().tolist()  # on a GPU, this waits for it
+            self.watch.look(step + 1, rows)
+            if log_due:  # here and not in a later hook: callbacks may save a checkpoint there
+                self.recent = []
+                self.log_metrics({"train/lr": lr, **self.watch.interval(rows)})
 
-    def _seed_dropout(self, seed: int) -> None:
+    def _within_memory(self, step: int, batch: Batch) -> Tensor:
+        """The loss of the step, after `accumulate_gradients`. Where the memory does not suffice, the step begins anew
+        with micro-batches of half the size, and they stay that size.
+
+        Raises:
+            ValueError: there are several processes, which would have to agree, or nothing is left to be halved.
+        """
+        while True:
+            self._seed_dropout(step)
+            try:
+                return self.accumulate_gradients(batch)
+            except RuntimeError as error:
+                if not out_of_memory(error):
+                    raise
+            # only now: the exception held the memory of the frames that it went through
+            self.optimizers().zero_grad(set_to_none=True)
+            sequences = len(batch[0] if isinstance(batch, (tuple, list)) else batch)
+            self.micro_batch_size = self._halved(min(self.micro_batch_size or sequences, sequences), "training")
+
+    def _halved(self, size: int, what: str) -> int:
+        half = (size + 1) // 2
+        if size == 1:
+            raise ValueError(
+                f"out of memory in {what} with a micro-batch of one sequence: use a smaller model or data.block_size, "
+                "model.activation_checkpointing=true, or trainer.precision=bf16"
+            )
+        if self.trainer.world_size > 1:
+            raise ValueError(
+                f"out of memory in {what} with {size} sequences at a time: add data.micro_batch_size={half}"
+            )
+        if self.device.type != "cpu":
+            torch.accelerator.empty_cache()
+        log.warning("out of memory in %s with %d sequences at a time: from here on %d at a time", what, size, half)
+        return half
+
+    def _seed_dropout(self, step: int) -> None:
         """Dropout depends on nothing but run, step and process. (torch.manual_seed would record a stack trace for
         each kind of device that is not in use yet, at every step: 0.4 ms, and never freed.)"""
+        words = np.random.SeedSequence([self.seed, step, self.global_rank]).generate_state(1, np.uint64)
+        seed = int(words[0] >> np.uint64(1))
         torch.default_generator.manual_seed(seed)
         if self.device.type != "cpu":
             torch.get_device_module(self.device).manual_seed(seed)
@@ -167,19 +147,23 @@ class GPTModule(L.LightningModule):
 
     def accumulate_gradients(self, batch: Batch) -> Tensor:
         """Add the gradients of the mean loss over the *global* batch's counted tokens to the parameters, one
-        micro-batch at a time. The returned mean over the processes is that loss, in nats per token."""
-        ids, mask = batch if isinstance(batch, (tuple, list)) else (batch, None)
+        micro-batch at a time. The mean of what is returned over the processes is that loss, in nats per token.
+
+        A loss that is not finite makes all gradients so, in every process: then one look at their norm tells.
+        """
+        ids, mask = ids_and_mask(batch)
         weight = self.trainer.world_size / self._counted_tokens(ids, mask)  # DDP averages over the processes
         size = self.micro_batch_size or len(ids)
         masks = itertools.repeat(None) if mask is None else mask.split(size)
         micro_batches = list(zip(ids.split(size), masks, strict=False))
         total = torch.zeros((), device=self.device)
         for i, (micro_ids, micro_mask) in enumerate(micro_batches):
-            loss = self.nats(micro_ids, micro_mask) * weight
+            nats = self.nats(micro_ids, micro_mask)
+            loss = nats * torch.where(nats.isfinite(), weight, math.nan)  # an infinite loss can have finite gradients
             last = i + 1 == len(micro_batches)
             with self._sync_gradients(last), torch.autocast(self.device.type, enabled=False):
                 self.manual_backward(loss)
-            total += loss.detach()
+            total += nats.detach() * weight
         return total
 
     def _counted_tokens(self, ids: Tensor, mask: Tensor | None) -> int | Tensor:
@@ -205,35 +189,37 @@ class GPTModule(L.LightningModule):
         # Here, not in training_step: only now are fp16 gradients unscaled.
         limit = self.optim_config["grad_clip"]
         if limit:
-            norm = nn.utils.clip_grad_norm_(self.model.parameters(), limit)
+            self.gradient_norm = nn.utils.clip_grad_norm_(self.model.parameters(), limit)
         else:
-            norm = nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
-        if self.trainer.precision == "16-mixed":
-            norm = norm.nan_to_num(0.0, 0.0, 0.0)  # an overflow is the scaler's business: it skips this update
-        self.interval[1] += norm
-        if limit:
-            self.interval[2] += norm > limit
+            gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+            self.gradient_norm = nn.utils.get_total_norm(gradients)
+        if self.trainer.precision == "16-mixed":  # a scaler skips such steps itself
+            self.gradient_norm = self.gradient_norm.nan_to_num(OVERFLOW, OVERFLOW, OVERFLOW)
+        else:
+            optim.skip_unless_finite(optimizer, self.gradient_norm)
 
-    def _log_interval(self, lr: float) -> None:
-        loss, norm, clipped, steps = self._interval_mean().tolist()
-        self.interval.zero_()
-        self.log_metrics(
-            {
-                "train/loss": loss / steps,
-                "train/lr": lr,
-                "train/grad_norm": norm / steps,
-                "train/clipped_share": clipped / steps,
-            }
-        )
-
-    def _interval_mean(self) -> Tensor:
-        return self.trainer.strategy.reduce(self.interval.clone(), reduce_op="mean")
+    def _recent_mean(self) -> Tensor:
+        """(loss, gradient norm) of each step since the last log, (steps, 2)."""
+        recent = torch.stack(self.recent) if self.recent else torch.zeros(0, 2, device=self.device)
+        return self.trainer.strategy.reduce(recent, reduce_op="mean") if self.recent else recent
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        ids, mask = batch if isinstance(batch, (tuple, list)) else (batch, torch.ones_like(batch, dtype=torch.bool))
+        ids, mask = ids_and_mask(batch)
+        if mask is None:
+            mask = torch.ones_like(ids, dtype=torch.bool)
         counted = mask[:, 1:]
         text_bytes = (self.token_bytes[ids[:, 1:]] * counted).sum()
-        self.val_metrics.update(self.nats(ids, mask), counted.sum(), text_bytes)
+        self.val_metrics.update(self._nats_within_memory(ids, mask), counted.sum(), text_bytes)
+
+    def _nats_within_memory(self, ids: Tensor, mask: Tensor) -> Tensor:
+        while True:
+            size = self.val_micro_batch_size or len(ids)
+            try:
+                return sum(self.nats(*part) for part in zip(ids.split(size), mask.split(size), strict=True))
+            except RuntimeError as error:
+                if not out_of_memory(error):
+                    raise
+            self.val_micro_batch_size = self._halved(min(size, len(ids)), "validation")
 
     def on_validation_epoch_end(self) -> None:
         metrics = {f"val/{name}": value for name, value in self.val_metrics.compute().items()} | self.measured
@@ -253,8 +239,54 @@ class GPTModule(L.LightningModule):
             logger.log_metrics(metrics, step=self.trainer.global_step)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint.update(self.record, interval=self._interval_mean().cpu(), best=self.best, validated=self.validated)
+        checkpoint.update(
+            self.record,
+            recent=self._recent_mean().cpu(),
+            watch=self.watch.state(),
+            best=self.best,
+            validated=self.validated,
+            micro_batch_size={
+                "asked": self.asked_micro_batch_size,
+                "training": self.micro_batch_size,
+                "validation": self.val_micro_batch_size,
+            },
+        )
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self.interval.copy_(checkpoint["interval"])
+        self.recent = list(checkpoint["recent"].to(self.device))
+        self.watch.load(checkpoint["watch"])
         self.best, self.validated = checkpoint["best"], checkpoint["validated"]
+        sizes = checkpoint["micro_batch_size"]
+        if sizes["asked"] == self.asked_micro_batch_size:  # else the user asks for another now
+            self.micro_batch_size, self.val_micro_batch_size = sizes["training"], sizes["validation"]
+
+
+def ids_and_mask(batch: Batch) -> tuple[Tensor, Tensor | None]:
+    """The two parts of a batch.
+
+    Raises:
+        ValueError: something else than GPTModule's docstring asks for, such as pairs of inputs and targets.
+    """
+    ids, mask = batch if isinstance(batch, (tuple, list)) and len(batch) == 2 else (batch, None)
+    if isinstance(mask, Tensor) and mask.dtype != torch.bool:
+        raise ValueError(
+            "the data set yields pairs, such as inputs and targets: gptlab takes ids (b, T + 1) alone, or with a mask "
+            "of type bool, and shifts the targets by one itself, so that they cannot be shifted wrongly"
+        )
+    if (
+        not isinstance(ids, Tensor)
+        or ids.dim() != 2
+        or ids.shape[1] < 2
+        or (mask is not None and mask.shape != ids.shape)
+    ):
+        shapes = ", ".join(
+            str(tuple(part.shape)) if isinstance(part, Tensor) else type(part).__name__ for part in (ids, mask)
+        )
+        raise ValueError(f"a batch must be ids (b, T + 1), or ids and a mask of the same shape, not {shapes}")
+    return ids, mask
+
+
+def out_of_memory(error: RuntimeError) -> bool:
+    """CPUs and Apple's GPUs have no class of their own for it."""
+    texts = ("can't allocate memory", "not enough memory", "out of memory")
+    return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in texts)

@@ -3,7 +3,7 @@
 import math
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 def decay_groups(model: nn.Module, weight_decay: float) -> list[dict]:
@@ -24,6 +24,18 @@ def adamw(
     """AdamW (Loshchilov & Hutter 2019). `fused` must be off where a gradient scaler is used: a fused step unscales
     the gradients itself, after they were clipped."""
     return torch.optim.AdamW(decay_groups(model, weight_decay), lr=lr, betas=betas, fused=fused)
+
+
+def skip_unless_finite(optimizer: torch.optim.Optimizer, norm: Tensor) -> None:
+    """Have the optimizer's next step leave weights and state as they are if the gradient norm is not finite.
+
+    On a GPU the fused step reads that from the device (`found_inf`, which a gradient scaler also uses), so that nobody
+    waits for it; elsewhere the gradients are taken away.
+    """
+    if norm.device.type == "cuda" and optimizer.defaults.get("fused"):
+        optimizer.found_inf = (~norm.isfinite()).float()
+    elif not norm.isfinite():
+        optimizer.zero_grad(set_to_none=True)
 
 
 def learning_rate(step: int, *, schedule: str, lr: float, min_lr: float, warmup_steps: int, decay_steps: int) -> float:

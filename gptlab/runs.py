@@ -1,5 +1,6 @@
 """The run folder: the only record of a run, and all that tables, samples and resumes are made from."""
 
+import fcntl
 import hashlib
 import json
 import math
@@ -10,7 +11,10 @@ import subprocess
 import sys
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
+
+LOCK = ".lock"
+_locks: list[IO[str]] = []  # open until the process ends
 
 
 def write_atomic(path: Path, content: bytes) -> None:
@@ -25,6 +29,30 @@ def write_atomic(path: Path, content: bytes) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def lock(run: Path) -> None:
+    """Keep the run folder for this process, until it ends, however it ends: the kernel lets go of it. (A lock of this kind
+    is not passed on to workers, which can outlive a killed process by seconds.)
+
+    Raises:
+        ValueError: another process has it.
+        OSError: nothing can be written there.
+    """
+    run.mkdir(parents=True, exist_ok=True)
+    file = open(run / LOCK, "a+", encoding="utf-8")  # noqa: SIM115  (closing it would let go)
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        raise ValueError(
+            f"{run} is being written to by another process ({file.read().strip() or 'just started'}): wait for its end, "
+            "or give another hydra.run.dir"
+        ) from None
+    file.truncate(0)
+    file.write(f"{os.getpid()} on {platform.node()}")
+    file.flush()
+    _locks.append(file)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -92,14 +120,11 @@ def record(
 ) -> None:
     """Write config.yaml, which a resume starts from, and run.json, which says how the run came about.
 
-    Raises:
-        ValueError: the folder holds a run already, and this is not a resume of it.
+    A run that had saved nothing when it was stopped is resumed at step 0: it keeps what run.json said of its start.
     """
     import yaml
 
     about = run / "run.json"
-    if resumed_at is None and about.exists():
-        raise ValueError(f"{run} holds a run already; continue it with resume={run}, or give another hydra.run.dir")
     this_time = {
         "command": [Path(sys.executable).name, *sys.orig_argv[1:]],
         "versions": _versions(),

@@ -1,5 +1,6 @@
 """Shared by the tests: a run as a user starts it, and inputs that exist without a network."""
 
+import json
 import os
 import subprocess
 import sys
@@ -23,6 +24,49 @@ TINY = [
     "optim.decay_steps=20",
     "callbacks.sample_text.max_new_tokens=20",
 ]
+
+DROPOUT = [
+    *TINY,
+    "model.dropout=0.2",
+    "data.micro_batch_size=5",
+    "trainer.max_steps=11",
+    "trainer.val_every=4",
+    "trainer.log_every=3",
+]
+
+
+def weights(run: Path, name="last") -> dict:
+    import torch
+
+    return torch.load(run / f"checkpoints/{name}.ckpt", weights_only=True)["state_dict"]
+
+
+def same(a: dict, b: dict) -> bool:
+    import torch
+
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def metrics(run: Path) -> list[dict]:
+    """The lines of metrics.jsonl, without those that only measure the machine's speed."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if "train/tokens_per_s" not in line]
+
+
+def assert_same_end(run: Path, whole: Path) -> None:
+    """Weights, optimizer, metrics, best and summary bitwise the same, but for times and speed."""
+    import torch
+
+    for name in ("last", "best"):
+        ours, theirs = (torch.load(at / f"checkpoints/{name}.ckpt", weights_only=True) for at in (run, whole))
+        assert ours["global_step"] == theirs["global_step"]
+        for key in ("state_dict", "optimizer_states", "watch", "best", "validated", "recent"):
+            torch.testing.assert_close(ours[key], theirs[key], atol=0, rtol=0, equal_nan=True, msg=key)
+    assert metrics(run) == metrics(whole)
+    summaries = [json.loads((folder / "summary.json").read_text()) for folder in (run, whole)]
+    for summary in summaries:
+        del summary["seconds"], summary["tokens_per_s"]
+    assert summaries[0] == summaries[1]
 
 
 @pytest.fixture

@@ -8,8 +8,8 @@ import pytest
 import torch
 import yaml
 
+from gptlab.checkpoint import check_model
 from gptlab.data.windows import WindowData, check_data
-from gptlab.module import check_model
 from gptlab.sample import pieces
 from gptlab.tokenizer import CharTokenizer, check_tokenizer
 

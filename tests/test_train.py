@@ -1,8 +1,6 @@
 """Whole runs, started as a user starts them."""
 
 import json
-import shutil
-import signal
 import subprocess
 import sys
 import textwrap
@@ -11,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import TINY, write_token_files
+from conftest import DROPOUT, TINY, metrics, same, weights, write_token_files
 from omegaconf import OmegaConf
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
@@ -20,28 +18,6 @@ from gptlab import runs
 from gptlab.config import CONF
 
 EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
-DROPOUT = [
-    *TINY,
-    "model.dropout=0.2",
-    "data.micro_batch_size=5",
-    "trainer.max_steps=11",
-    "trainer.val_every=4",
-    "trainer.log_every=3",
-]
-
-
-def weights(run: Path, name="last") -> dict[str, torch.Tensor]:
-    return torch.load(run / f"checkpoints/{name}.ckpt", weights_only=True)["state_dict"]
-
-
-def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-
-
-def metrics(run: Path) -> list[dict]:
-    """The lines of metrics.jsonl, without those that only measure the machine's speed."""
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [line for line in lines if "train/tokens_per_s" not in line]
 
 
 def test_default_run_folder_is_the_contract(gptlab, tmp_path):
@@ -51,7 +27,7 @@ def test_default_run_folder_is_the_contract(gptlab, tmp_path):
     assert names == {
         "config.yaml", "run.json", "metrics.jsonl", "summary.json", "train.log", "tensorboard/hparams.yaml",
         "checkpoints/best.ckpt", "checkpoints/last.ckpt", "checkpoints/previous.ckpt",
-        ".hydra/config.yaml", ".hydra/hydra.yaml", ".hydra/overrides.yaml",
+        ".hydra/config.yaml", ".hydra/hydra.yaml", ".hydra/overrides.yaml", ".lock",
     }  # fmt: skip
     assert list(run.glob("tensorboard/events.out.tfevents.*"))
 
@@ -124,133 +100,6 @@ def test_one_seed_one_result_bitwise(gptlab, tmp_path):
     assert metrics(tmp_path / "a") == metrics(tmp_path / "b")
 
 
-KILLER = """
-import os, pathlib, signal, lightning
-
-class Kill(lightning.Callback):
-    def __init__(self, step):
-        self.step, self.done = step, pathlib.Path("killed-once")
-
-    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        if trainer.global_step == self.step and not self.done.exists():
-            self.done.touch()
-            os.kill(os.getpid(), signal.SIGKILL)
-"""
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory) -> Path:
-    """A run that nobody touched, to compare killed ones with."""
-    folder = tmp_path_factory.mktemp("whole")
-    command = [sys.executable, "-m", "gptlab.train", *DROPOUT, "trainer.checkpoint_every=3", "hydra.run.dir=run"]
-    subprocess.run(command, cwd=folder, check=True, capture_output=True, timeout=300)
-    return folder / "run"
-
-
-@pytest.mark.parametrize(
-    ("step", "workers"),
-    [
-        (5, 0),  # goes on from 4: a validation, after which it was saved
-        (8, 2),  # goes on from 6: a save between two logs and two validations; 8 itself was never validated
-        (11, 0),  # every step done, the last validation not
-    ],
-)
-def test_a_killed_run_goes_on_as_if_nothing_had_happened(gptlab, tmp_path, whole, step, workers):
-    """Dropout on, several micro-batches, killed without warning: the weights, optimizer, metrics and best of the
-    resumed run are bitwise those of the untouched one."""
-    (tmp_path / "killer.py").write_text(KILLER)
-    arguments = ["trainer.checkpoint_every=3", "hydra.run.dir=run", f"data.workers={workers}"]
-    kill = ["+callbacks.kill._target_=killer.Kill", f"+callbacks.kill.step={step}"]
-    gptlab("train", *DROPOUT, *arguments, *kill, status=-signal.SIGKILL, PYTHONPATH=str(tmp_path))
-    run = tmp_path / "run"
-    assert not (run / "summary.json").exists()
-    gptlab("train", "resume=run", PYTHONPATH=str(tmp_path))
-
-    for name in ("last", "best"):
-        ours, theirs = (torch.load(folder / f"checkpoints/{name}.ckpt", weights_only=True) for folder in (run, whole))
-        assert ours["global_step"] == theirs["global_step"]
-        assert same(ours["state_dict"], theirs["state_dict"])
-        torch.testing.assert_close(ours["optimizer_states"], theirs["optimizer_states"], atol=0, rtol=0)
-    assert metrics(run) == metrics(whole)
-    summaries = [json.loads((folder / "summary.json").read_text()) for folder in (run, whole)]
-    for summary in summaries:
-        del summary["seconds"], summary["tokens_per_s"]
-    assert summaries[0] == summaries[1]
-    assert json.loads((run / "run.json").read_text())["resumed"][0]["step"] < step
-
-
-def test_a_finished_run_says_so_and_can_be_extended(gptlab, tmp_path):
-    """The schedule stays as it was saved: decay_steps is a number there, not a reference to max_steps."""
-    rest = [argument for argument in DROPOUT if not argument.startswith("optim.decay_steps")]
-    gptlab("train", *rest, "hydra.run.dir=run")
-    before = weights(tmp_path / "run")
-    assert "has finished its 11 steps" in gptlab("train", "resume=run").stdout
-    assert same(before, weights(tmp_path / "run"))
-    gptlab("train", "resume=run", "trainer.max_steps=14")
-    assert json.loads((tmp_path / "run/summary.json").read_text())["steps"] == 14
-    assert yaml.safe_load((tmp_path / "run/config.yaml").read_text())["optim"]["decay_steps"] == 11
-    assert [line["step"] for line in metrics(tmp_path / "run") if "val/loss" in line] == [0, 4, 8, 11, 12, 14]
-
-
-def test_a_moved_run_resumes_where_it_lies(gptlab, tmp_path):
-    gptlab("train", *TINY, "hydra.run.dir=run")
-    (tmp_path / "new place").mkdir()
-    shutil.move(tmp_path / "run", tmp_path / "new place/run, moved")
-    gptlab("train", "resume=new place/run, moved", "trainer.max_steps=6")
-    assert not (tmp_path / "run").exists()
-    assert json.loads((tmp_path / "new place/run, moved/summary.json").read_text())["steps"] == 6
-
-
-def test_a_resume_with_another_text_changes_nothing(gptlab, tmp_path):
-    """Refused before the run folder is touched: with the old text back, the run goes on."""
-    text = "To be, or not to be: that is the question.\n" * 100
-    (tmp_path / "my text.txt").write_text(text)
-    gptlab("train", *TINY, "data=text", "data.path=my text.txt", "hydra.run.dir=run")
-    before = {
-        name: (tmp_path / "run" / name).read_bytes()
-        for name in ("summary.json", "config.yaml", "run.json", "metrics.jsonl")
-    }
-    (tmp_path / "my text.txt").write_text(text + "?")
-    assert "put the old text back" in gptlab("train", "resume=run", "trainer.max_steps=6", status=2).stderr
-    assert before == {name: (tmp_path / "run" / name).read_bytes() for name in before}
-    (tmp_path / "my text.txt").write_text(text)
-    gptlab("train", "resume=run", "trainer.max_steps=6")
-
-
-def test_a_resume_never_falls_back_to_another_text(gptlab, tmp_path, shakespeare):
-    (tmp_path / "data").mkdir()
-    shutil.copy(shakespeare, tmp_path / "data/shakespeare_char.txt")
-    gptlab("train", "experiment=shakespeare_char", *TINY, "data.url=http://127.0.0.1:9/", "hydra.run.dir=run")
-    (tmp_path / "data").rename(tmp_path / "away")
-    assert "cannot be downloaded" in gptlab("train", "resume=run", "trainer.max_steps=6", status=2).stderr
-    (tmp_path / "away").rename(tmp_path / "data")
-    gptlab("train", "resume=run", "trainer.max_steps=6", GPTLAB_DATA="elsewhere")  # the folder was saved
-    assert json.loads((tmp_path / "run/summary.json").read_text())["data"]["name"] == "shakespeare_char"
-
-
-def test_a_run_killed_before_its_first_checkpoint_starts_again(gptlab, tmp_path):
-    """And neither metrics.jsonl nor TensorBoard show a step twice."""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    (tmp_path / "killer.py").write_text(KILLER)
-    kill = ["+callbacks.kill._target_=killer.Kill", "+callbacks.kill.step=3", "trainer.val_every=4"]
-    gptlab("train", *TINY, *kill, "hydra.run.dir=run", status=-signal.SIGKILL, PYTHONPATH=str(tmp_path))
-    assert not (tmp_path / "run/checkpoints").exists()
-    gptlab("train", "resume=run", PYTHONPATH=str(tmp_path))
-    assert [line["step"] for line in metrics(tmp_path / "run") if "train/loss" in line] == [1, 2, 3, 4]
-    events = EventAccumulator(str(tmp_path / "run/tensorboard")).Reload()
-    assert [event.step for event in events.Scalars("train/loss")] == [1, 2, 3, 4]
-
-
-def test_a_diverged_run_ends_with_its_metric(gptlab, tmp_path):
-    """A learning rate that blows the model up is a result of a sweep, not a crash of the sampling callback."""
-    blown = ["optim.lr=1e30", "optim.warmup_steps=0", "optim.grad_clip=0", "hydra.run.dir=run"]
-    assert "no sample" in gptlab("train", *TINY, *blown).stdout
-    summary = json.loads((tmp_path / "run/summary.json").read_text())
-    assert summary["status"] == "finished" and summary["last"]["val/loss"] is None
-    assert "not finite" in gptlab("sample", "ckpt=run", status=2).stderr
-
-
 def test_without_validation_the_end_is_saved(gptlab, tmp_path):
     done = gptlab("train", *TINY, "+trainer.extra.limit_val_batches=0", "hydra.run.dir=run")
     assert json.loads((tmp_path / "run/summary.json").read_text())["checkpoint"] == "checkpoints/last.ckpt"
@@ -264,29 +113,13 @@ def test_without_callbacks_and_logger(gptlab, tmp_path):
     assert "next:" not in done.stdout and "bits per byte" in done.stdout
 
 
-def test_types_are_checked_on_a_resume_too(gptlab, tmp_path):
-    gptlab("train", *TINY, "hydra.run.dir=run")
-    for override in ("trainer.max_steps=abc", "trainer.max_steps=1.5", "data.workers=x"):
-        stderr = gptlab("train", "resume=run", override, status=2).stderr
-        assert override.partition("=")[0].rpartition(".")[2] in stderr and "Traceback" not in stderr
-
-
-def test_a_resume_keeps_its_config(gptlab, tmp_path):
-    gptlab("train", *TINY, "hydra.run.dir=run")
-    stderr = gptlab("train", "resume=run", "optim.lr=1", "model=gpt2", "trainer.max_steps=6", status=2).stderr
-    assert "optim.lr, model" in stderr and "Traceback" not in stderr
-
-
 def test_nothing_is_overwritten(gptlab, tmp_path):
+    """Neither what the run wrote, nor what Hydra did."""
     gptlab("train", *TINY, "hydra.run.dir=run")
-    before = {
-        path: path.read_bytes()
-        for path in (tmp_path / "run").rglob("*")
-        if path.is_file() and ".hydra" not in path.parts
-    }
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
     assert "holds a run already" in gptlab("train", *TINY, "seed=9", "hydra.run.dir=run", status=2).stderr
     for path, content in before.items():
-        assert path.read_bytes() == content or path.name == "train.log", path
+        assert path.read_bytes() == content or path.name == ".lock", path
 
 
 def test_two_processes_see_the_batches_of_one(gptlab, tmp_path):

@@ -25,6 +25,9 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, path)
+        except RuntimeError as error:  # torch's, about what it could not write; the reason comes with it
+            reason = error.__cause__ or error.__context__
+            raise reason if isinstance(reason, OSError) else error from None
         finally:
             temporary.unlink(missing_ok=True)
 
@@ -43,6 +46,7 @@ class Checkpointing(Checkpoint):
 
     def __init__(self, every: int) -> None:
         self.every = every
+        self.saved_at = 0  # the step of last.ckpt
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         self.folder = Path(trainer.default_root_dir) / "checkpoints"
@@ -53,22 +57,34 @@ class Checkpointing(Checkpoint):
         validation_due = trainer.should_stop or trainer.global_step % trainer.val_check_batch == 0
         save_due = trainer.should_stop or trainer.global_step % self.every == 0
         if save_due and not (validation_due and trainer.enable_validation):
-            self._save(trainer)
+            self.save(trainer)
+
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Make up for the mark as the best, which a kill after the save may have left out."""
+        self.saved_at = checkpoint["global_step"]
+        if trainer.is_global_zero and checkpoint["best"].get("step") == self.saved_at:
+            self._link(Path(trainer.ckpt_path), self.folder / "best.ckpt")
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.sanity_checking:
             return
         improved = pl_module.best is pl_module.validated
         if improved or trainer.should_stop or trainer.global_step % self.every == 0:
-            self._save(trainer)
+            self.save(trainer)
         if improved and trainer.is_global_zero:
             self._link(self.folder / "last.ckpt", self.folder / "best.ckpt")
 
-    def _save(self, trainer: L.Trainer) -> None:
-        last = self.folder / "last.ckpt"
-        if trainer.is_global_zero and last.exists():
-            self._link(last, self.folder / "previous.ckpt")
-        trainer.save_checkpoint(last)
+    def save(self, trainer: L.Trainer) -> None:
+        """Raises OSError where the disk is full or the like; what was saved before is still there then."""
+        for logger in trainer.loggers:
+            logger.save()  # first, or a run that is killed and resumed would lack what was not on the disk yet
+        new, last = self.folder / "new.ckpt", self.folder / "last.ckpt"
+        trainer.save_checkpoint(new)
+        if trainer.is_global_zero:
+            if last.exists():
+                self._link(last, self.folder / "previous.ckpt")
+            os.replace(new, last)
+        self.saved_at = trainer.global_step
 
     @staticmethod
     def _link(source: Path, target: Path) -> None:

@@ -6,6 +6,7 @@ neither on the number of processes or workers nor on where a run was interrupted
 """
 
 import json
+import signal
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -242,8 +243,15 @@ class WindowData(L.LightningDataModule):
             batch_size=None,
             num_workers=self.workers,
             persistent_workers=self.workers > 0,
+            worker_init_fn=_leave_signals_to_the_run if self.workers else None,
             pin_memory=self.trainer.strategy.root_device.type == "cuda",  # copied while the GPU computes
         )
+
+
+def _leave_signals_to_the_run(worker: int) -> None:
+    """A terminal's Ctrl-C and a cluster's signals reach all processes of a run; workers end with it, not before."""
+    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(signum, signal.SIG_IGN)
 
 
 def id_range(ids: np.ndarray) -> tuple[int, int]:

@@ -1,0 +1,125 @@
+"""SIGTERM, Ctrl-C and a cluster's requeue signal: finish the step, save, and end."""
+
+import os
+import signal
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Checkpoint
+from torch import Tensor
+from torch import distributed as dist
+
+from gptlab.callbacks.checkpointing import Checkpointing
+
+ASKED = b"\nstopping after this step, to save; once more stops at once\n"
+
+
+class Interrupted(Exception):
+    """The run was asked to end, and has saved what it could."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(signal.Signals(signum).name)
+        self.signum = signum
+
+
+class Interrupts(Checkpoint):
+    """Ends the run in a state from which it goes on as if nothing had happened; under SLURM also on SIGUSR1.
+
+    A step that is validated may be left before or in the middle of its validation, which can take longer than a
+    cluster waits: then the checkpoint says so, and the resumed run begins with that validation. With several
+    processes, all agree on the step after which they stop: a signal may have reached only one of them. (Lightning's own
+    handlers end with status 0, save nothing, and deadlock where a signal finds the processes at different places.)
+    """
+
+    def __init__(self) -> None:
+        self._signum = 0
+        self._validation_due_at: int | None = None
+        self._group: Any = None
+        self._common_batches = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"validation_due_at": self._validation_due_at}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._validation_due_at = state["validation_due_at"]
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        connector = trainer._signal_connector
+        connector.register_signal_handlers = lambda: self._listen(connector)  # in place of Lightning's own handlers
+
+    def _listen(self, connector: Any) -> None:
+        signals = [signal.SIGTERM, signal.SIGINT]
+        if "SLURM_JOB_ID" in os.environ:
+            signals.append(signal.SIGUSR1)
+        connector._original_handlers = {signum: signal.getsignal(signum) for signum in signals}  # it puts them back
+        for signum in signals:
+            signal.signal(signum, self._asked_to_stop)
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # it waits for the device at each step
+        if trainer.world_size > 1:
+            self._group = dist.new_group(backend="gloo")  # on the host: no step waits for a GPU
+        self._final = self._validation_due_at is not None and self._validation_due_at >= trainer.max_steps
+        trainer.fit_loop.epoch_loop.max_steps += self._final  # or Lightning would not even begin
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self._validation_due_at is None:
+            return
+        trainer.fit_loop.epoch_loop.max_steps -= self._final
+        trainer.should_stop = self._final
+        validation = trainer.fit_loop.epoch_loop.val_loop
+        validation.restarting = False  # it begins anew, wherever it was left
+        trainer.validating = True
+        validation.run()
+        trainer.training = True
+
+    def _asked_to_stop(self, signum: int, frame: Any) -> None:
+        self._signum = signum
+        default = signal.default_int_handler if signum == signal.SIGINT else signal.SIG_DFL
+        signal.signal(signum, default)
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            os.write(1, ASKED)  # logging is not safe in a signal handler
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs, batch, batch_idx: int
+    ) -> None:
+        if signum := self._agreed():
+            due = trainer.should_stop or trainer.global_step % trainer.val_check_batch == 0
+            self._stop(trainer, signum, validation_due=due and bool(trainer.enable_validation))
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._validation_due_at = None
+        self._common_batches = self._over_processes(int(sum(trainer.num_val_batches)), dist.ReduceOp.MIN)
+
+    def on_validation_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs, batch, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        if batch_idx < self._common_batches and (signum := self._agreed()):
+            self._stop(trainer, signum, validation_due=True)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if signum := self._agreed():
+            self._stop(trainer, signum, validation_due=False)
+
+    def _agreed(self) -> int:
+        """The signal that any of the processes got; 0 if none did."""
+        return self._over_processes(self._signum, dist.ReduceOp.MAX)
+
+    def _over_processes(self, value: int, op: Any) -> int:
+        if self._group is None:
+            return value
+        shared: Tensor = torch.tensor(value)
+        dist.all_reduce(shared, op, self._group)
+        return int(shared)
+
+    def _stop(self, trainer: L.Trainer, signum: int, validation_due: bool) -> None:
+        checkpointing = next((c for c in trainer.callbacks if isinstance(c, Checkpointing)), None)
+        if (
+            checkpointing
+            and trainer.global_step > 0
+            and (validation_due or checkpointing.saved_at != trainer.global_step)
+        ):
+            self._validation_due_at = trainer.global_step if validation_due else None
+            checkpointing.save(trainer)
+        raise Interrupted(signum)

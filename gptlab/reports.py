@@ -1,0 +1,168 @@
+"""What a run says about itself: at its start, at its end, and in its summary."""
+
+import logging
+import os
+import shlex
+import signal
+import subprocess
+import traceback
+from pathlib import Path
+from typing import Any
+
+from gptlab import cli, mistakes, runs
+
+log = logging.getLogger("gptlab")
+
+
+def announce(run: Path, data: Any, module: Any, trainer: Any, resuming: bool, start_step: int) -> None:
+    if data.warning:
+        log.warning("\n*** WARNING: %s ***\n", data.warning)
+    parameters = sum(p.numel() for p in module.model.parameters())
+    if cli.hardware_note:
+        log.info(cli.hardware_note)
+    log.info("device: %d x %s, precision %s", trainer.world_size, device_name(trainer), trainer.precision)
+    log.info("data: %s, vocabulary of %d tokens", data.record["name"], data.tokenizer.vocab_size)
+    log.info("model: %s parameters", f"{parameters:,}")
+    tokens = f"{data.batch_size * data.block_size:,}"
+    log.info("tokens per optimizer step: %s (%d sequences x %d tokens)", tokens, data.batch_size, data.block_size)
+    log.info("run folder: %s", shown(run))
+    if resuming:
+        log.info("going on at step %d: %s", start_step, saved_so_far(run))
+
+
+def device_name(trainer: Any) -> str:
+    import torch
+
+    device = trainer.strategy.root_device
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type} ({torch.get_num_threads()} threads)" if device.type == "cpu" else device.type
+
+
+def conclude(run: Path, data: Any, summary: dict[str, Any], start_step: int, hint: str | None, trust: bool) -> None:
+    best, place = summary["best"], shown(run)
+    speed = f", {summary['tokens_per_s']:,.0f} tokens/s while training" if summary["tokens_per_s"] else ""
+    if summary["why"]:
+        log.info("\nstopped at step %d: %s", summary["steps"], summary["why"])
+    log.info("\n%d steps in %.0f s%s", summary["steps"] - start_step, summary["seconds"], speed)
+    if best:
+        log.info("best validation loss on %s, at step %d:", data.record["name"], best["step"])
+        log.info("  %.4f nats per token, %.4f bits per byte", best["val/loss"], best["val/bits_per_byte"])
+    if "val/accuracy" in summary["last"]:
+        log.info("answered exactly, at the last step: %.2f %%", 100 * summary["last"]["val/accuracy"])
+    if hint:
+        log.info(hint)
+    if data.warning:
+        log.warning("\n*** WARNING: %s ***", data.warning)
+    log.info("run folder: %s", place)
+    commands = []
+    if summary["checkpoint"]:
+        longer = {"max_steps": f"trainer.max_steps={2 * summary['steps']}", "max_time": "trainer.max_time=null"}
+        commands += [f"python -m gptlab.sample ckpt={place}{' trust=true' * trust}"]
+        commands += [f"{resume_command(run)} {longer[summary['ended']]}"] if summary["ended"] in longer else []
+    if (run / "tensorboard").is_dir():
+        commands += [f"tensorboard --logdir {place}"]
+    if commands:
+        log.info("\nnext:\n  %s", "\n  ".join(commands))
+
+
+def ended_early(error: BaseException, trainer: Any, run: Path) -> int:
+    """Say what ended a run before its time, and how to go on with it; the exit status, of this process. Where several
+    stop together, the first speaks for all, and the others end with 0: Lightning would kill it for their failing.
+
+    Raises:
+        BaseException: the error itself, if it is a user's mistake, which is shown elsewhere, or another process's.
+    """
+    from gptlab.callbacks.interrupts import Interrupted
+    from gptlab.module import out_of_memory
+    from gptlab.watch import Diverged
+
+    first = trainer.is_global_zero
+    if isinstance(error, Interrupted):
+        what, status = f"stopped by {error}", 130 if error.signum == signal.SIGINT else 143
+    elif isinstance(error, SystemExit) and trainer.interrupted:  # Ctrl-C twice; Lightning would exit with 1
+        what, status = "interrupted", 130
+    elif isinstance(error, (Diverged, OSError)) or (isinstance(error, RuntimeError) and out_of_memory(error)):
+        what, status = f"ERROR: {error}", 1
+    else:
+        mistake = mistakes.explain(error, composing=False) is not None
+        what, status = "" if mistake else traceback.format_exc().rstrip(), 1
+        if mistake or isinstance(error, SystemExit) or not first:
+            raise error
+    if first:
+        again = "to go on from there" if runs.newest_checkpoint(run) else "to start it again"
+        log.info("\n%s\nat step %d; %s; %s:", what, trainer.global_step, saved_so_far(run), again)
+        log.info("  %s", resume_command(run))
+        if isinstance(error, Interrupted) and error.signum == signal.SIGUSR1:
+            requeue()
+    return status if first or not isinstance(error, (Interrupted, Diverged)) else 0
+
+
+def requeue() -> None:
+    """Have SLURM start this job again, as it asked for with its signal."""
+    job, array = os.environ["SLURM_JOB_ID"], os.environ.get("SLURM_ARRAY_JOB_ID")
+    job = f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}" if array else job
+    try:
+        subprocess.run(["scontrol", "requeue", job], check=True, timeout=20)
+        log.info("requeued SLURM job %s", job)
+    except (OSError, subprocess.SubprocessError) as error:
+        log.warning("SLURM job %s could not be requeued: %s", job, error)
+
+
+def resume_command(run: Path) -> str:
+    return f"python -m gptlab.train resume={shown(run)}"
+
+
+def saved_so_far(run: Path) -> str:
+    from gptlab import checkpoint
+
+    if ckpt := runs.newest_checkpoint(run):
+        return f"the last checkpoint is of step {checkpoint.read(ckpt, mmap=True)['global_step']}"
+    return "nothing was saved yet"
+
+
+def shown(path: Path) -> str:
+    """The path as a user would type it here."""
+    near = path.is_relative_to(Path.cwd())
+    return shlex.quote(os.path.relpath(path) if near else str(path))
+
+
+def summarise(run: Path, trainer: Any, module: Any, data: Any, seconds: float) -> dict[str, Any]:
+    from gptlab.callbacks.throughput import Throughput
+
+    checkpoints = [f"checkpoints/{name}.ckpt" for name in ("best", "last")]
+    ended, why = ending(trainer)
+    speeds = [callback.tokens_per_s for callback in trainer.callbacks if isinstance(callback, Throughput)]
+    return {
+        "status": "finished",
+        "steps": trainer.global_step,
+        "ended": ended,  # max_steps | early_stopping | max_time | callback
+        "why": why,
+        "best": module.best,
+        "last": module.validated,
+        "tokens_per_s": speeds[0] if speeds else None,
+        "seconds": seconds,
+        "data": data.record,
+        "checkpoint": next((path for path in checkpoints if (run / path).exists()), None),
+    }
+
+
+def ending(trainer: Any) -> tuple[str, str | None]:
+    """What ended the run; and in words, where it was not the last of its steps."""
+    from lightning.pytorch.callbacks import Timer
+
+    from gptlab.callbacks.early_stopping import EarlyStopping
+
+    for callback in trainer.callbacks:
+        if isinstance(callback, EarlyStopping) and callback.why:
+            return "early_stopping", callback.why
+    if trainer.global_step >= trainer.max_steps:
+        return "max_steps", None
+    if any(time_is_over(callback) for callback in trainer.callbacks if isinstance(callback, Timer)):
+        return "max_time", "the time that trainer.max_time allows is over"
+    return "callback", "a callback ended it"
+
+
+def time_is_over(timer: Any) -> bool:
+    remaining = timer.time_remaining()
+    return remaining is not None and remaining <= 0

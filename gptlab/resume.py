@@ -1,0 +1,103 @@
+"""Going on with a run: which checkpoint, and whether it is this run's and there is anything left to do."""
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+from gptlab import cli, reports, runs
+
+log = logging.getLogger("gptlab")
+
+
+def last_state(run: Path) -> tuple[Path | None, dict[str, Any]]:
+    """The checkpoint that a resume goes on from, and what is in it; (None, {}) if the run was stopped before it saved
+    anything, and starts again. What turns out to be damaged is set aside under another name.
+
+    Raises:
+        ValueError: there are checkpoints, and none of them can be read.
+    """
+    from gptlab import checkpoint
+
+    problems: dict[Path, str] = {}
+    for name in ("last", "previous"):
+        path = run / f"checkpoints/{name}.ckpt"
+        if not path.is_file():
+            continue
+        try:
+            saved = checkpoint.read(path)
+        except ValueError as error:
+            problems[path] = str(error)
+            continue
+        for damaged, problem in problems.items():
+            log.warning("%s: going on from %s, of step %d", problem, path.name, saved["global_step"])
+            set_aside(damaged)
+        return path, saved
+    if problems:
+        raise ValueError("\n".join([*problems.values(), "there is nothing to go on from: start a new run"]))
+    return None, {}
+
+
+def set_aside(damaged: Path) -> None:
+    """Under another name, and with it the best checkpoint if that is the same file."""
+    if cli.rank() > 0:
+        return
+    best = damaged.with_name("best.ckpt")
+    for path in [best, damaged] if best.exists() and best.samefile(damaged) else [damaged]:
+        path.rename(path.with_name(f"{path.name}.damaged"))
+
+
+def check_same_run(ckpt: Path, saved: dict[str, Any], resolved: dict[str, Any]) -> None:
+    """Raises ValueError if the checkpoint is not of the run whose config this is, or cannot be gone on from."""
+    if "watch" not in saved:
+        raise ValueError(f"{ckpt} is of an older gptlab: it can be sampled from, but not gone on with")
+    now = runs.without_paths(resolved)
+    for group in ("model", "data", "optim"):
+        was, new = saved["config"].get(group) or {}, now[group]
+        for key in {**was, **new}:
+            if f"{group}.{key}" not in cli.RESUME_MAY_CHANGE and key != "fallback" and was.get(key) != new.get(key):
+                raise ValueError(
+                    f"{ckpt} is of another run: {group}.{key} is {was.get(key)} in it, and {new.get(key)} in config.yaml"
+                )
+
+
+def check_same_data(saved: dict[str, Any], data: Any) -> None:
+    """Before anything in the run folder is touched: a resume must go on with the data that the run began with.
+
+    Raises:
+        ValueError: the text has changed since.
+    """
+    was, now = (
+        ", ".join(f"{key} {str(value)[:20]}" for key, value in record.items())
+        for record in (saved["data"], data.record)
+    )
+    if saved["data"] != data.record:
+        raise ValueError(
+            f"the run was trained on other data ({was}) than what is there now ({now}): put the old text back, or start "
+            "a new run"
+        )
+    if saved["tokenizer"] != data.tokenizer.state():
+        raise ValueError(f"the run had another tokenizer than what makes tokens of {now} now: start a new run")
+
+
+def already_finished(run: Path, limits: Any, saved: dict[str, Any]) -> dict[str, Any] | None:
+    """The summary of a run that has nothing left to do, after saying so; None if there is something left."""
+    from lightning.pytorch.callbacks import Timer
+
+    path, step = run / "summary.json", saved["global_step"]
+    if not path.exists():
+        return None
+    summary = json.loads(path.read_text("utf-8"))
+    timer = Timer(limits.max_time)
+    timer.load_state_dict(saved["callbacks"].get("Timer", {}))
+    if summary["ended"] in ("early_stopping", "callback"):
+        log.info("this run has stopped at step %d and is finished: %s", step, summary["why"])
+    elif step >= limits.max_steps:
+        more = f"{reports.resume_command(run)} trainer.max_steps={2 * step}"
+        log.info("this run has finished its %d steps; to train longer:\n  %s", step, more)
+    elif summary["ended"] == "max_time" and reports.time_is_over(timer):
+        more = f"{reports.resume_command(run)} trainer.max_time=null"
+        log.info("this run has stopped at step %d: %s; to train longer:\n  %s", step, summary["why"], more)
+    else:
+        return None
+    return summary

@@ -1,0 +1,28 @@
+"""A callback of Hydra's: two processes never write into one run folder."""
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from hydra.experimental.callback import Callback
+
+from gptlab import cli, runs
+
+
+class RunFolder(Callback):
+    """Takes the run folder for this process before Hydra writes anything into it."""
+
+    def on_run_start(self, config: Any, **_: Any) -> None:
+        if cli.rank() > 0 or os.environ.get("LOCAL_RANK", "0") != "0":
+            return
+        folder = Path(config.hydra.run.dir)
+        try:
+            runs.lock(folder)
+            if config.resume is None and (folder / "run.json").exists():
+                raise ValueError(
+                    f"{folder} holds a run already; continue it with resume={folder}, or give another hydra.run.dir"
+                )
+        except (ValueError, OSError) as error:  # Hydra would make a warning of it
+            print(f"\nerror: {error}", file=sys.stderr)
+            sys.exit(2)
