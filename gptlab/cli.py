@@ -29,6 +29,7 @@ FLAGS = (*VALUE_FLAGS, "--help", "-h", "--hydra-help", "--version", "--resolve",
 # Free text, which Hydra's grammar would trip over: taken word for word, except in sweeps.
 TEXT_KEYS = ("prompt", "prompt_file", "ckpt", "data.path", "data.val_path", "data.folder",
              "path", "out", "hub_split", "callbacks.sample_text.prompt")  # fmt: skip
+LONGEST, DEEPEST = 2000, 50  # characters and brackets of an override that is no text
 # How long to train, and what is the machine's: neither changes what a step does.
 RESUME_MAY_CHANGE = ("trainer.max_steps", "trainer.max_time", "optim.decay_steps", "trainer.accelerator",
                      "trainer.devices", "trainer.num_nodes", "trainer.strategy", "trainer.log_every",
@@ -183,13 +184,32 @@ def _check_overrides(overrides: list[str]) -> None:
         key, _, value = override.partition("=")
         if not override.isascii() and any("\ud800" <= char <= "\udfff" for char in override):
             raise ValueError(f"{override!a} is not valid text: it holds bytes that are not UTF-8, or half a character")
+        if key.lstrip("+~") not in TEXT_KEYS:  # Hydra would end in Python's own limits, and name no key
+            if len(override) > LONGEST:
+                raise ValueError(f"{override[:60]}...: {len(override)} characters; at most {LONGEST} are allowed")
+            if sum(map(value.count, "[{(")) > DEEPEST:
+                raise ValueError(f"{override[:60]}...: more than {DEEPEST} brackets")
         if key == "name" and (value.startswith("/") or {"", ".", ".."} & set(value.split("/"))):
             raise ValueError(f"{override}: it names the folder of the run under outputs/, and must lie in there")
-        if key in groups and key not in ("experiment", "debug") and re.fullmatch(r"null|[\d.]+|\[.*", value):
-            if key == "callbacks" and value.startswith("["):
-                continue
-            leaves_out = f" (and '~{key}' leaves it out)" if key in ("callbacks", "logger") else ""
-            raise ValueError(f"{override}: it must be one of {', '.join(mistakes.options(key))}{leaves_out}")
+        group = key.lstrip("~+")
+        if group in groups and value and not _is_choice(override, group, value):
+            leaves_out = f" (and '~{group}' leaves it out)" if group in ("callbacks", "logger") else ""
+            raise ValueError(f"{override}: it must be one of {', '.join(mistakes.options(group))}{leaves_out}")
+
+
+def _is_choice(override: str, group: str, value: str) -> bool:
+    """Whether what a group is given can be the name of an option, a list of such names where the group takes several,
+    or a sweep over names. (What cannot be read at all is for Hydra to say.)"""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.core.override_parser.types import Glob, QuotedString, Sweep
+    from hydra.errors import HydraException
+
+    try:
+        choice = OverridesParser.create().parse_override(override)._value
+    except HydraException:
+        return True
+    names = choice if isinstance(choice, list) and group in ("callbacks", "experiment", "debug") else [choice]
+    return "${" not in value and all(isinstance(name, (str, QuotedString, Sweep, Glob)) for name in names)
 
 
 def _quote(text: str) -> str:

@@ -369,6 +369,7 @@ def model_problems(
     """What is wrong with the sizes of a GPT, one text each."""
     sizes = {"n_layer": n_layer, "n_head": n_head, "n_embd": n_embd, "vocab_multiple": vocab_multiple}
     yield from (f"model.{key}={size}: it must be at least 1" for key, size in sizes.items() if size < 1)
+    yield from (f"model.{key}={size}: it must be below {2**31}" for key, size in sizes.items() if size >= 2**31)
     if n_head >= 1 and n_embd % n_head:
         yield f"model.n_embd={n_embd} is not a multiple of model.n_head={n_head}: the heads share it evenly"
     if not 0 <= dropout < 1:
@@ -379,10 +380,12 @@ def model_problems(
 
 def _target_problems(cfg: Any) -> Iterator[str]:
     """Nodes that are built from a class need one, and its package must be there; looked for without importing it."""
+    from omegaconf import DictConfig
+
     nodes = {"model": cfg.model, "data": cfg.data, "logger": cfg.logger}
     nodes |= {f"callbacks.{name}": node for name, node in (cfg.callbacks or {}).items()}
     for key, node in nodes.items():
-        target = node.get("_target_") if hasattr(node, "get") else None
+        target = node.get("_target_") if isinstance(node, DictConfig) else None
         if node is None and key not in ("model", "data"):
             continue
         if not isinstance(target, str):
@@ -405,11 +408,11 @@ def value_problems(cfg: Any) -> Iterator[str]:
     from omegaconf import OmegaConf
 
     for key, least in AT_LEAST.items():
-        value, below = OmegaConf.select(cfg, key), BELOW.get(key, math.inf)
+        value, below = OmegaConf.select(cfg, key), BELOW.get(key, 2**31)
         if value is not None and not (isinstance(value, (int, float)) and least <= value < below):
-            yield f"{key}={value}: it must be a number, at least {least}" + (
-                f" and below {below}" if key in BELOW else ""
-            )
+            too_large = isinstance(value, (int, float)) and value >= below
+            limit = f" and below {below}" if key in BELOW or too_large else ""
+            yield f"{key}={value}: it must be a number, at least {least}{limit}"
     for key, allowed in ONE_OF.items():
         value = OmegaConf.select(cfg, key)
         if value is not None and value not in allowed:
@@ -418,7 +421,7 @@ def value_problems(cfg: Any) -> Iterator[str]:
 
 def _cross_problems(cfg: Any) -> Iterator[str]:
     """Values that do not go together, and those that are more than a number in a range."""
-    from omegaconf import OmegaConf
+    from omegaconf import DictConfig, OmegaConf
 
     trainer, optim = cfg.trainer, cfg.optim
     if trainer.precision == "fp16" and trainer.accelerator == "cpu":
@@ -437,10 +440,12 @@ def _cross_problems(cfg: Any) -> Iterator[str]:
         yield f"data.val_windows={val_windows}: it must be at least the number of processes, {processes}"
     for key in set(trainer.extra) & set(NOT_EXTRA):
         yield f"trainer.extra.{key}: gptlab sets it itself" + (f", from trainer.{key}" if key in trainer else "")
-    if (cfg.logger or {}).get("_target_") == WandbConfig._target_ and importlib.util.find_spec("wandb") is None:
+    of_wandb = isinstance(cfg.logger, DictConfig) and cfg.logger.get("_target_") == WandbConfig._target_
+    if of_wandb and importlib.util.find_spec("wandb") is None:
         yield "logger=wandb needs Weights & Biases: pip install 'gptlab[wandb]'"
-    profiled = sum(OmegaConf.select(cfg, f"callbacks.profile.{key}") or 0 for key in ("skip_steps", "steps"))
-    if profiled > trainer.max_steps and cfg.resume is None:
+    profile = OmegaConf.select(cfg, "callbacks.profile")
+    ours = isinstance(profile, DictConfig) and profile.get("_target_") == ProfileConfig._target_
+    if ours and cfg.resume is None and (profiled := profile.skip_steps + profile.steps) > trainer.max_steps:
         yield (
             f"callbacks.profile needs skip_steps + steps = {profiled} steps, more than trainer.max_steps="
             f"{trainer.max_steps}: add trainer.max_steps={profiled}"
@@ -459,7 +464,7 @@ def _cross_problems(cfg: Any) -> Iterator[str]:
         yield f"optim.lr={optim.lr}: it must be above 0 and finite"
     elif optim.schedule == "cosine" and optim.min_lr > optim.lr:
         yield f"optim.min_lr={optim.min_lr}: it must be at most optim.lr={optim.lr}"
-    if not (len(optim.betas) == 2 and all(0 <= beta < 1 for beta in optim.betas)):
+    if not (optim.betas is not None and len(optim.betas) == 2 and all(0 <= beta < 1 for beta in optim.betas)):
         yield f"optim.betas={optim.betas}: it must be two numbers from 0 up to below 1"
     ends = {"trainer.max_steps": trainer.max_steps}
     if optim.schedule == "cosine":

@@ -37,7 +37,8 @@ def generate(
     The model sees the last `model.block_size` tokens and should be in eval mode. `generator` lives on idx's device.
 
     Raises:
-        ValueError: at once, before anything is drawn, for an argument that makes no sense.
+        ValueError: at once, before anything is drawn, for an argument that makes no sense; later, for logits that are
+            not finite.
     """
     problems = []
     if idx.dim() != 2 or idx.shape[1] < 1:
@@ -59,6 +60,9 @@ def generate(
 def _generate(model, idx, max_new_tokens, temperature, top_k, generator) -> Iterator[Tensor]:
     for _ in range(max_new_tokens):
         idx = idx[:, -model.block_size :]
-        next_id = sample_next(model(idx)[:, -1, : model.vocab_size], temperature, top_k, generator)
+        logits = model(idx)[:, -1, : model.vocab_size]
+        if not logits.isfinite().all():
+            raise ValueError("the model's logits are not finite: its weights are damaged, or its training had diverged")
+        next_id = sample_next(logits, temperature, top_k, generator)
         yield next_id
         idx = torch.cat((idx, next_id), dim=1)

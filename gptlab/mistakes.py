@@ -84,7 +84,7 @@ def _of_hydra(error: BaseException) -> str | None:
                 f"{given}: cannot be read as KEY=VALUE; lists have no spaces, [a,b], and a text with other characters "
                 f"than those of file names is quoted for the shell and for Hydra: \"{key}='{value}'\""
             )
-        if Path(given).exists():
+        if given and Path(given).exists():
             return f"{given}: settings are given as KEY=VALUE; did you mean ckpt={given} or resume={given}?"
         found = [f"{path.parent.name}={given}" for path in sorted(config.CONF.glob(f"*/{given}.yaml"))]
         return f"{given}: settings are given as KEY=VALUE" + (f"; did you mean {' or '.join(found)}?" if found else "")

@@ -74,6 +74,7 @@ class GPTModule(L.LightningModule):
     def configure_optimizers(self) -> torch.optim.Optimizer:
         c = self.optim_config
         fused = self.device.type in ("cpu", "cuda") and self.trainer.precision != "16-mixed"
+        self.looks_at_logs = fused and self.device.type == "cuda"  # alone: no step waits for what the device computes
         return optim.adamw(self.model, lr=c["lr"], betas=tuple(c["betas"]), weight_decay=c["weight_decay"], fused=fused)
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
@@ -90,7 +91,7 @@ class GPTModule(L.LightningModule):
         if step + 1 == self.trainer.max_steps:
             self.trainer.should_stop = True  # has Lightning validate after the last step, whatever val_every
         log_due = (step + 1) % self.log_every == 0 or self.trainer.should_stop
-        if log_due or (self.device.type == "cpu" and not self.gradient_norm.isfinite()):
+        if log_due or not (self.looks_at_logs or self.gradient_norm.isfinite()):
             rows = self._recent_mean().tolist()  # on a GPU, this waits for it
             self.watch.look(step + 1, rows)
             if log_due:  # here and not in a later hook: callbacks may save a checkpoint there
@@ -196,7 +197,7 @@ class GPTModule(L.LightningModule):
         if self.trainer.precision == "16-mixed":  # a scaler skips such steps itself
             self.gradient_norm = self.gradient_norm.nan_to_num(OVERFLOW, OVERFLOW, OVERFLOW)
         else:
-            optim.skip_unless_finite(optimizer, self.gradient_norm)
+            optim.skip_unless_finite(optimizer, self.gradient_norm, wait=not self.looks_at_logs)
 
     def _recent_mean(self) -> Tensor:
         """(loss, gradient norm) of each step since the last log, (steps, 2)."""

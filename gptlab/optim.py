@@ -26,13 +26,13 @@ def adamw(
     return torch.optim.AdamW(decay_groups(model, weight_decay), lr=lr, betas=betas, fused=fused)
 
 
-def skip_unless_finite(optimizer: torch.optim.Optimizer, norm: Tensor) -> None:
+def skip_unless_finite(optimizer: torch.optim.Optimizer, norm: Tensor, *, wait: bool) -> None:
     """Have the optimizer's next step leave weights and state as they are if the gradient norm is not finite.
 
-    On a GPU the fused step reads that from the device (`found_inf`, which a gradient scaler also uses), so that nobody
-    waits for it; elsewhere the gradients are taken away.
+    Without `wait`, a fused step reads that from the device (`found_inf`, which a gradient scaler also uses), so that the
+    host need not wait for it; else the gradients are taken away.
     """
-    if norm.device.type == "cuda" and optimizer.defaults.get("fused"):
+    if not wait:
         optimizer.found_inf = (~norm.isfinite()).float()
     elif not norm.isfinite():
         optimizer.zero_grad(set_to_none=True)

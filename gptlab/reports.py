@@ -14,7 +14,9 @@ from gptlab import cli, mistakes, runs
 log = logging.getLogger("gptlab")
 
 
-def announce(run: Path, data: Any, module: Any, trainer: Any, resuming: bool, start_step: int) -> None:
+def announce(
+    run: Path, data: Any, module: Any, trainer: Any, memory: str | None, resuming: bool, start_step: int
+) -> None:
     if data.warning:
         log.warning("\n*** WARNING: %s ***\n", data.warning)
     parameters = sum(p.numel() for p in module.model.parameters())
@@ -23,6 +25,8 @@ def announce(run: Path, data: Any, module: Any, trainer: Any, resuming: bool, st
     log.info("device: %d x %s, precision %s", trainer.world_size, device_name(trainer), trainer.precision)
     log.info("data: %s, vocabulary of %d tokens", data.record["name"], data.tokenizer.vocab_size)
     log.info("model: %s parameters", f"{parameters:,}")
+    if memory:
+        log.info("memory: %s", memory)
     tokens = f"{data.batch_size * data.block_size:,}"
     log.info("tokens per optimizer step: %s (%d sequences x %d tokens)", tokens, data.batch_size, data.block_size)
     log.info("run folder: %s", shown(run))

@@ -23,6 +23,10 @@ class RunFolder(Callback):
                 raise ValueError(
                     f"{folder} holds a run already; continue it with resume={folder}, or give another hydra.run.dir"
                 )
-        except (ValueError, OSError) as error:  # Hydra would make a warning of it
-            print(f"\nerror: {error}", file=sys.stderr)
-            sys.exit(2)
+            return
+        except ValueError as error:
+            text = str(error)
+        except OSError as error:
+            text = f"{folder} cannot be written to ({error.strerror}): go where you may write, or give hydra.run.dir=FOLDER"
+        print(f"\nerror: {text}", file=sys.stderr)  # an exception would become a warning of Hydra's
+        sys.exit(2)

@@ -1,5 +1,6 @@
 """python -m gptlab.train: one training run, from a composed config to a run folder."""
 
+import dataclasses
 import gc
 import logging
 import os
@@ -38,12 +39,13 @@ def train(cfg: Any) -> float | None:
     if saved:
         resume.check_same_run(ckpt, saved, resolved)
         resume.check_same_data(saved, data)
+    memory = check_memory(resolved, data)
     module = make_module(resolved, data)
     trainer = make_trainer(cfg, run, data, resuming, start_step)
     if trainer.is_global_zero:
         device = reports.device_name(trainer)
         runs.record(run, resolved, data.record, tokenizer, device, resumed_at=start_step if resuming else None)
-        reports.announce(run, data, module, trainer, resuming, start_step)
+        reports.announce(run, data, module, trainer, memory, resuming, start_step)
     fit(trainer, module, data, ckpt, run)
     summary = reports.summarise(run, trainer, module, data, seconds=time.perf_counter() - started)
     if trainer.is_global_zero:
@@ -122,6 +124,37 @@ def plain(cfg: Any) -> dict[str, Any]:
     from omegaconf import OmegaConf
 
     return {**OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True), "resume": None}
+
+
+def check_memory(resolved: dict[str, Any], data: Any) -> str | None:
+    """An estimate in words, made before anything of that size is allocated; None for a model of a user's own.
+
+    Raises:
+        ValueError: it cannot fit; the text has the numbers.
+    """
+    import torch
+
+    from gptlab import memory
+    from gptlab.checkpoint import foreign_classes
+
+    t = resolved["trainer"]
+    if foreign_classes(resolved["model"], {}):
+        return None
+    device = torch.device("cpu") if t["accelerator"] == "cpu" else torch.accelerator.current_accelerator()
+    share = -(-data.batch_size // (t["devices"] * t["num_nodes"]))
+    averaged = any(
+        "EMA" in str((callback or {}).get("_target_")) for callback in (resolved["callbacks"] or {}).values()
+    )
+
+    def estimate_of(micro_batch_size: int) -> memory.Estimate:
+        sizes = (data.tokenizer.vocab_size, data.block_size, micro_batch_size)
+        several = micro_batch_size < share
+        estimate = memory.estimate(resolved["model"], *sizes, t["precision"], device.type, accumulates=several)
+        return dataclasses.replace(estimate, parameters=(1 + averaged) * estimate.parameters)
+
+    size, room = min(data.micro_batch_size or share, share), memory.capacity(device)
+    memory.check_fits(estimate_of, size, room)
+    return f"{memory.in_words(estimate_of(size))}; there are {memory.human(room)}"
 
 
 def make_module(resolved: dict[str, Any], data: Any) -> Any:

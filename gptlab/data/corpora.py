@@ -35,6 +35,8 @@ def text_files(path: str | None, key: str) -> list[Path]:
     given, place = f"{key}={path}", os.path.expanduser(path)
     if os.path.isdir(place):
         files = _in_folder(place, key, given)
+    elif place.count(os.sep) > 200:  # glob goes as deep as the path, and would not come back
+        raise FileNotFoundError(f"{key}: there is no path of {place.count(os.sep)} folders")
     elif _is_glob(place):
         matches = [match for match in glob.glob(place, recursive=True) if not os.path.isdir(match)]
         matches.sort(key=lambda match: (-len(match), match))

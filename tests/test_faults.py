@@ -1,0 +1,197 @@
+"""Disks, files and folders that fail, are damaged, or belong to another run."""
+
+import errno
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from conftest import DROPOUT, TINY, assert_same_end
+from omegaconf import OmegaConf
+
+from gptlab import checkpoint, runs
+from gptlab.run_folder import RunFolder
+
+RUN = [*DROPOUT, "trainer.checkpoint_every=3", "hydra.run.dir=run"]
+FULL = """
+import errno, os, pathlib, lightning, torch
+from gptlab.callbacks import checkpointing
+
+class Full(lightning.Callback):
+    \"\"\"After so many steps, there is room for half a checkpoint only.\"\"\"
+    def on_train_batch_end(self, trainer, *rest):
+        if trainer.global_step == 9 and not pathlib.Path("space-was-made").exists():
+            checkpointing.torch.save = self.save
+
+    def save(self, content, file):
+        file.write(b"half" * 1000)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), file.name)
+"""
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("finished")
+    command = [sys.executable, "-m", "gptlab.train", *RUN]
+    subprocess.run(command, cwd=folder, check=True, capture_output=True, timeout=300)
+    return folder / "run"
+
+
+@pytest.fixture
+def stopped(finished, tmp_path) -> Path:
+    """A copy of the run as it would be after a kill between its last checkpoint and its summary. (The files of
+    checkpoints that were one are one again.)"""
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    (run / "summary.json").unlink()
+    (run / "checkpoints/best.ckpt").unlink()
+    os.link(run / "checkpoints/last.ckpt", run / "checkpoints/best.ckpt")
+    return run
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def flip_a_bit(path: Path) -> None:
+    """In the middle of the weights, where torch's reader does not notice."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    torch.load(path, weights_only=True)
+
+
+@pytest.mark.parametrize("damage", [cut, empty, flip_a_bit])
+def test_a_damaged_last_checkpoint_falls_back_to_the_one_before(gptlab, finished, stopped, damage):
+    """Said, set aside under another name, and the end is bitwise the same."""
+    saved = stopped / "checkpoints"
+    assert checkpoint.read(saved / "previous.ckpt")["global_step"] == 9
+    damage(saved / "last.ckpt")
+    said = gptlab("train", "resume=run").stdout
+    assert "last.ckpt is not a checkpoint of gptlab, or it is damaged" in said
+    assert "going on from previous.ckpt, of step 9" in said
+    assert {"last.ckpt.damaged", "best.ckpt.damaged"} <= {path.name for path in saved.iterdir()}
+    assert_same_end(stopped, finished)
+
+
+def test_when_both_are_damaged_nothing_is_touched(gptlab, stopped):
+    for name in ("last", "previous"):
+        cut(stopped / f"checkpoints/{name}.ckpt")
+    before = {path: path.read_bytes() for path in stopped.rglob("*") if path.is_file()}
+    stderr = gptlab("train", "resume=run", status=2).stderr
+    assert "last.ckpt" in stderr and "previous.ckpt" in stderr and "start a new run" in stderr
+    assert all(path.read_bytes() == content or path.name in (".lock", "train.log") for path, content in before.items())
+
+
+def test_a_full_disk_leaves_the_checkpoints_there_were(gptlab, tmp_path, finished):
+    """At step 9, whose checkpoint is half written: last.ckpt is that of step 8 still, and previous.ckpt that of 6."""
+    (tmp_path / "full.py").write_text(FULL)
+    done = gptlab("train", *RUN, "+callbacks.full._target_=full.Full", status=1, PYTHONPATH=str(tmp_path))
+    assert "ERROR: [Errno 28] No space left on device" in done.stdout and done.stderr == ""
+    assert "at step 9; the last checkpoint is of step 8" in done.stdout
+    saved = tmp_path / "run/checkpoints"
+    steps = {path.name: checkpoint.read(path)["global_step"] for path in saved.iterdir()}
+    assert steps == {"last.ckpt": 8, "previous.ckpt": 6, "best.ckpt": 8}
+    (tmp_path / "space-was-made").touch()
+    gptlab("train", "resume=run", PYTHONPATH=str(tmp_path))
+    assert_same_end(tmp_path / "run", finished)
+
+
+@pytest.mark.parametrize("number", [errno.EROFS, errno.EACCES])
+def test_a_folder_that_cannot_be_written_to(tmp_path, monkeypatch, capsys, number):
+    """Said before anything else is done. (Tests may run as root, who may write anywhere.)"""
+
+    def refuse(*_, **__):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(runs, "open", refuse, raising=False)
+    config = OmegaConf.create({"hydra": {"run": {"dir": str(tmp_path / "run")}}, "resume": None})
+    with pytest.raises(SystemExit) as ended:
+        RunFolder().on_run_start(config)
+    assert ended.value.code == 2
+    assert f"cannot be written to ({os.strerror(number)})" in capsys.readouterr().err
+
+
+def other_run(gptlab, tmp_path, *changes: str) -> Path:
+    gptlab("train", *RUN, *changes, "hydra.run.dir=other")
+    return tmp_path / "other/checkpoints/last.ckpt"
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (["model.n_layer=2"], "model.n_layer is 2 in it, and 3 in config.yaml"),
+        (["optim.lr=0.5"], "optim.lr is 0.5 in it, and 0.001 in config.yaml"),
+        (["data=text", "data.path=a.txt", "data.block_size=64", "data.batch_size=12"], "is of another run: data."),
+    ],
+)
+def test_a_checkpoint_of_another_run_is_refused(gptlab, tmp_path, stopped, changes, said):
+    (tmp_path / "a.txt").write_text("to be or not to be, that is the question\n" * 300)
+    shutil.copy(other_run(gptlab, tmp_path, *changes), stopped / "checkpoints/last.ckpt")
+    stderr = gptlab("train", "resume=run", status=2).stderr
+    assert said in stderr and "Traceback" not in stderr
+
+
+def test_other_data_under_the_same_config_are_refused(gptlab, tmp_path):
+    """What the config says of them is the same; their checksum is not."""
+    (tmp_path / "a.txt").write_text("to be or not to be, that is the question\n" * 300)
+    text = ["data=text", "data.path=a.txt", "data.block_size=64", "data.batch_size=12", "hydra.run.dir=run"]
+    gptlab("train", *TINY, *text)
+    (tmp_path / "a.txt").write_text("to be or not to be, that was the question\n" * 300)
+    assert "trained on other data" in gptlab("train", "resume=run", "trainer.max_steps=9", status=2).stderr
+
+
+def test_of_two_runs_that_want_one_folder_one_gets_it(tmp_path):
+    """Started together, three times: one trains, the other is refused before Hydra writes anything, so what lies in the
+    folder is of one run."""
+    for attempt in range(3):
+        command = [sys.executable, "-m", "gptlab.train", *TINY, f"hydra.run.dir=run{attempt}"]
+        both = [
+            subprocess.Popen(
+                [*command, f"seed={seed}"], cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+            )
+            for seed in (1, 2)
+        ]
+        errors = [process.communicate(timeout=300)[1].decode() for process in both]
+        assert sorted(process.returncode for process in both) == [0, 2]
+        loser = next(i for i, process in enumerate(both) if process.returncode == 2)
+        assert "is being written to by another process" in errors[loser] or "holds a run already" in errors[loser]
+        run = tmp_path / f"run{attempt}"
+        seeds = [yaml.safe_load((run / name).read_text())["seed"] for name in ("config.yaml", ".hydra/config.yaml")]
+        assert seeds == [2 - loser] * 2 and json.loads((run / "summary.json").read_text())["status"] == "finished"
+
+
+def test_a_run_that_goes_on_is_not_resumed_a_second_time(gptlab, stopped):
+    runs.lock(stopped)
+    stderr = gptlab("train", "resume=run", status=2).stderr
+    assert f"another process ({os.getpid()} on " in stderr
+    runs._locks.pop().close()
+    gptlab("train", "resume=run")
+
+
+PAIRS = """
+import torch
+from gptlab.data.text import TextData
+
+class Pairs(TextData):
+    \"\"\"Inputs and targets, as minGPT's data sets yield them: not even shifted.\"\"\"
+    def val_batches(self, *sizes):
+        return [(ids, ids) for ids, _ in map(super().val_batches(*sizes).__getitem__, range(1))]
+"""
+
+
+def test_pairs_of_inputs_and_targets_are_refused(gptlab, tmp_path):
+    """With minGPT, a data set that forgets to shift trains a model that copies its input, at a loss near 0."""
+    (tmp_path / "pairs.py").write_text(PAIRS)
+    own = [*TINY, "data._target_=pairs.Pairs", "hydra.run.dir=run"]
+    stderr = gptlab("train", *own, status=2, PYTHONPATH=str(tmp_path)).stderr
+    assert "the data set yields pairs, such as inputs and targets" in stderr and "Traceback" not in stderr
