@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -195,3 +196,32 @@ def test_pairs_of_inputs_and_targets_are_refused(gptlab, tmp_path):
     own = [*TINY, "data._target_=pairs.Pairs", "hydra.run.dir=run"]
     stderr = gptlab("train", *own, status=2, PYTHONPATH=str(tmp_path)).stderr
     assert "the data set yields pairs, such as inputs and targets" in stderr and "Traceback" not in stderr
+
+
+HUGE = """
+import numpy as np
+from gptlab.data.text import TextData
+from gptlab.tokenizer import CharTokenizer
+
+class TenMillion(CharTokenizer):
+    vocab_size = property(lambda self: 10_000_000, lambda self, size: None)
+
+    def token_bytes(self):
+        return np.ones(self.vocab_size, np.int64)
+
+class Huge(TextData):
+    def setup(self, stage):
+        super().setup(stage)
+        self.tokenizer = TenMillion(self.tokenizer.chars)
+"""
+
+
+def test_ten_million_tokens_are_refused_with_the_numbers(gptlab, tmp_path):
+    """Before anything is allocated: a machine that has 60 GiB for the weights of this would start to write them."""
+    (tmp_path / "huge.py").write_text(HUGE)
+    began = time.monotonic()
+    own = ["hardware=cpu", "model=gpt2-xl", "data._target_=huge.Huge", "hydra.run.dir=run"]
+    stderr = gptlab("train", *own, status=2, PYTHONPATH=str(tmp_path)).stderr
+    assert time.monotonic() - began < 60
+    assert "(parameters 65.1 GiB, gradients 65.1 GiB, optimizer state 130 GiB, activations" in stderr
+    assert "the model is too large" in stderr and "a smaller vocabulary" in stderr
