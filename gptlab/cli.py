@@ -1,6 +1,6 @@
 """What all entry points share: the command line before Hydra sees it, sweep jobs as processes, errors as text.
 
-Exit status: 0 done, 1 failed, 2 a user's mistake, 130 interrupted.
+Exit status: 0 done, 1 failed, 2 a user's mistake, 130 and 143 stopped by Ctrl-C and SIGTERM.
 """
 
 import contextlib
@@ -12,9 +12,11 @@ import os
 import platform
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -86,6 +88,7 @@ def _mistakes_as_text(show_all: bool, composing: Callable[[], bool]) -> Iterator
     try:
         yield
     except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:  # `| head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -269,6 +272,20 @@ def _detect_hardware() -> str:
     return hardware
 
 
+def _wait_for(process: subprocess.Popen) -> int:
+    """The exit status of a job in a session of its own, which gets each signal once, from here: time to save, which
+    Python's own way of waiting would not give it, and no second Ctrl-C that it would take for impatience."""
+    forwarded = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    if threading.current_thread() is not threading.main_thread():
+        return process.wait()
+    before = {signum: signal.signal(signum, lambda number, _: process.send_signal(number)) for signum in forwarded}
+    try:
+        return process.wait()
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+
+
 def _sweep_job(entry: str, cfg: Any) -> float | None:
     """Run one job of a sweep in a process of its own, started as a user would start it; its metric is read from
     the run folder."""
@@ -288,7 +305,10 @@ def _sweep_job(entry: str, cfg: Any) -> float | None:
     command = [sys.executable, "-m", f"gptlab.{entry}", *flags, *overrides, f"hydra.run.dir={_quote(str(folder))}"]
     ranks = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "NODE_RANK", "GROUP_RANK", "LOCAL_WORLD_SIZE", "PL_GLOBAL_SEED")
     environment = {key: value for key, value in os.environ.items() if key not in ranks}
-    status = subprocess.run(command, env=environment).returncode
+    status = _wait_for(subprocess.Popen(command, env=environment, start_new_session=True))
+    if status in (130, 143, -signal.SIGINT, -signal.SIGTERM):
+        print(f"the sweep stops here, after a job that was stopped: {folder}", file=sys.stderr)
+        sys.exit(status if status > 0 else 128 - status)
     if status != 0:
         raise CompactHydraException(f"the job in {folder} ended with status {status}; what it said is above")
     summary = folder / "summary.json"  # sampling leaves none

@@ -81,10 +81,16 @@ def check_same_data(saved: dict[str, Any], data: Any) -> None:
 
 
 def already_finished(run: Path, limits: Any, saved: dict[str, Any]) -> dict[str, Any] | None:
-    """The summary of a run that has nothing left to do, after saying so; None if there is something left."""
+    """The summary of a run that has nothing left to do, after saying so; None if there is something left.
+
+    Raises:
+        ValueError: it is to end before the step that it has reached.
+    """
     from lightning.pytorch.callbacks import Timer
 
     path, step = run / "summary.json", saved["global_step"]
+    if limits.max_steps < step:
+        raise ValueError(f"trainer.max_steps={limits.max_steps}: the run has reached step {step} already")
     if not path.exists():
         return None
     summary = json.loads(path.read_text("utf-8"))

@@ -120,7 +120,7 @@ def record(
 ) -> None:
     """Write config.yaml, which a resume starts from, and run.json, which says how the run came about.
 
-    A run that had saved nothing when it was stopped is resumed at step 0: it keeps what run.json said of its start.
+    What run.json said of a run's start is kept when it is resumed; lost, it begins anew.
     """
     import yaml
 
@@ -131,7 +131,11 @@ def record(
         "git": _git(),
         "device": device,
     }
-    if resumed_at is None:
+    try:
+        description = json.loads(about.read_text("utf-8")) if resumed_at is not None else None
+    except (OSError, ValueError):
+        description = None
+    if description is None:
         vocabulary = hashlib.sha256(json.dumps(tokenizer, sort_keys=True).encode()).hexdigest()
         machine = {key: resolved["trainer"][key] for key in ("accelerator", "precision", "devices")}
         description = {
@@ -141,8 +145,7 @@ def record(
             "vocabulary_sha256": vocabulary,
             "tags": resolved["tags"],
         }
-    else:
-        description = json.loads(about.read_text("utf-8"))
+    if resumed_at is not None:
         description.setdefault("resumed", []).append({"step": resumed_at, **this_time})
     (run / "summary.json").unlink(missing_ok=True)  # its presence means finished
     content = yaml.safe_dump(_literal(resolved), sort_keys=False, allow_unicode=True)

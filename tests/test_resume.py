@@ -333,3 +333,59 @@ def test_types_are_checked_on_a_resume_too(gptlab, tmp_path):
     for override in ("trainer.max_steps=abc", "trainer.max_steps=1.5", "data.workers=x"):
         stderr = gptlab("train", "resume=run", override, status=2).stderr
         assert override.partition("=")[0].rpartition(".")[2] in stderr and "Traceback" not in stderr
+
+
+def test_a_run_cannot_end_before_the_step_that_it_has_reached(gptlab, tmp_path):
+    gptlab("train", *TINY, "hydra.run.dir=run")
+    stderr = gptlab("train", "resume=run", "trainer.max_steps=3", status=2).stderr
+    assert "trainer.max_steps=3: the run has reached step 4 already" in stderr
+
+
+def test_a_lost_description_of_a_run_is_made_anew(gptlab, tmp_path):
+    """run.json is a record for people; a run must not end because of it."""
+    gptlab("train", *TINY, "hydra.run.dir=run")
+    for damage in (lambda path: path.unlink(), lambda path: path.write_text('{"command": [')):
+        damage(tmp_path / "run/run.json")
+        step = json.loads((tmp_path / "run/summary.json").read_text())["steps"]
+        gptlab("train", "resume=run", f"trainer.max_steps={step + 2}")
+        about = json.loads((tmp_path / "run/run.json").read_text())
+        assert about["data"]["name"] == "python_docs" and about["resumed"][0]["step"] == step
+
+
+def start(tmp_path: Path, *arguments: str) -> subprocess.Popen:
+    """A process that a test sends signals to."""
+    command = [sys.executable, "-m", "gptlab.train", *SMALL[:-1], "trainer.max_steps=4000", *arguments]
+    return subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def test_a_sweep_that_is_stopped_lets_its_job_save(tmp_path):
+    """Python's own way of waiting kills a child a quarter of a second after Ctrl-C. No further job is started."""
+    sweep = start(tmp_path, "-m", "seed=1,2", "trainer.val_every=3000", "hydra.sweep.dir=sweep")
+    wait_for(lambda: (tmp_path / "sweep/0/checkpoints/last.ckpt").exists())
+    sweep.send_signal(signal.SIGINT)
+    said, errors = sweep.communicate(timeout=60)
+    assert sweep.returncode == 130 and "Traceback" not in errors and "the sweep stops here" in errors
+    step = torch.load(tmp_path / "sweep/0/checkpoints/last.ckpt", weights_only=True)["global_step"]
+    assert f"the last checkpoint is of step {step}" in said and "resume=sweep/0" in said
+    assert not (tmp_path / "sweep/1").exists()
+
+
+def test_a_second_ctrl_c_ends_at_once(tmp_path):
+    """In the middle of a step that does not end."""
+    (tmp_path / "endless.py").write_text(
+        "import lightning, pathlib, time\n"
+        "class Endless(lightning.Callback):\n"
+        "    def on_train_batch_start(self, trainer, *rest):\n"
+        "        if trainer.global_step == 5:\n"
+        "            pathlib.Path('there').touch()\n"
+        "            time.sleep(300)\n"
+    )
+    process = start(tmp_path, "+callbacks.endless._target_=endless.Endless", "hydra.run.dir=run")
+    wait_for(lambda: (tmp_path / "there").exists())
+    process.send_signal(signal.SIGINT)
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(1)
+    process.send_signal(signal.SIGINT)
+    said, errors = process.communicate(timeout=60)
+    assert process.returncode == 130 and errors == ""
+    assert "interrupted\nat step 5; the last checkpoint is of step 4" in said
