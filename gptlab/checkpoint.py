@@ -4,6 +4,7 @@ are read from it, nothing in it is interpolated, and classes that gptlab does no
 import dataclasses
 import importlib
 import inspect
+import math
 import pickle
 import zipfile
 from pathlib import Path
@@ -14,6 +15,8 @@ from torch import Tensor, nn
 
 from gptlab.config import GPTConfig
 from gptlab.tokenizer import from_state
+
+LARGEST_WEIGHT = 1e6  # real ones are below 1e3; a product of larger ones may overflow
 
 
 def load(path: Path, device: str | torch.device = "cpu", *, trust: bool = False) -> tuple[nn.Module, Any, dict]:
@@ -49,8 +52,11 @@ def load(path: Path, device: str | torch.device = "cpu", *, trust: bool = False)
         if foreign:
             raise
         raise damaged(path, error) from None
-    if not all(torch.isfinite(parameter).all() for parameter in model.parameters()):
-        raise ValueError(f"{path}: its weights are not finite; the run had diverged. Try an earlier checkpoint")
+    limit = math.inf if foreign else LARGEST_WEIGHT
+    if not all((parameter.abs() < limit).all() for parameter in model.parameters()):
+        raise ValueError(
+            f"{path}: its weights are not finite, or huge; the run had diverged. Try an earlier checkpoint"
+        )
     return model.to(device).eval(), tokenizer, config
 
 

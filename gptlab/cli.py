@@ -185,6 +185,8 @@ def _check_overrides(overrides: list[str]) -> None:
     groups = [path.name for path in config.CONF.iterdir() if path.is_dir()]
     for override in overrides:
         key, _, value = override.partition("=")
+        if not key.strip("+~"):
+            raise ValueError(f"{override!r}: it names no key; settings are given as KEY=VALUE")
         if not override.isascii() and any("\ud800" <= char <= "\udfff" for char in override):
             raise ValueError(f"{override!a} is not valid text: it holds bytes that are not UTF-8, or half a character")
         if key.lstrip("+~") not in TEXT_KEYS:  # Hydra would end in Python's own limits, and name no key

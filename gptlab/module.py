@@ -74,7 +74,7 @@ class GPTModule(L.LightningModule):
     def configure_optimizers(self) -> torch.optim.Optimizer:
         c = self.optim_config
         fused = self.device.type in ("cpu", "cuda") and self.trainer.precision != "16-mixed"
-        self.looks_at_logs = fused and self.device.type == "cuda"  # alone: no step waits for what the device computes
+        self.looks_at_logs = self.device.type == "cuda"  # alone: no step waits for what the device computes
         return optim.adamw(self.model, lr=c["lr"], betas=tuple(c["betas"]), weight_decay=c["weight_decay"], fused=fused)
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
@@ -266,7 +266,7 @@ def ids_and_mask(batch: Batch) -> tuple[Tensor, Tensor | None]:
     """The two parts of a batch.
 
     Raises:
-        ValueError: something else than GPTModule's docstring asks for, such as pairs of inputs and targets.
+        ValueError: something else than WindowData's docstring asks for, such as pairs of inputs and targets.
     """
     ids, mask = batch if isinstance(batch, (tuple, list)) and len(batch) == 2 else (batch, None)
     if isinstance(mask, Tensor) and mask.dtype != torch.bool:

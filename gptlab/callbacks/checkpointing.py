@@ -37,6 +37,12 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         return torch.load(path, map_location=map_location, weights_only=True)
 
 
+def validation_is_due(trainer: L.Trainer) -> bool:
+    """Whether the step that has just been taken is followed by a validation."""
+    due = trainer.should_stop or trainer.global_step % trainer.val_check_batch == 0
+    return due and bool(trainer.enable_validation)
+
+
 class Checkpointing(Checkpoint):
     """Keeps `last.ckpt` (every `every` optimizer steps, and whenever the validation loss has improved),
     `previous.ckpt` (the last before that) and `best.ckpt` (lowest validation loss) in the run's `checkpoints/`.
@@ -54,9 +60,8 @@ class Checkpointing(Checkpoint):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs, batch, batch_idx: int
     ) -> None:
-        validation_due = trainer.should_stop or trainer.global_step % trainer.val_check_batch == 0
         save_due = trainer.should_stop or trainer.global_step % self.every == 0
-        if save_due and not (validation_due and trainer.enable_validation):
+        if save_due and not validation_is_due(trainer):
             self.save(trainer)
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:

@@ -10,7 +10,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from torch import Tensor
 from torch import distributed as dist
 
-from gptlab.callbacks.checkpointing import Checkpointing
+from gptlab.callbacks.checkpointing import Checkpointing, validation_is_due
 
 ASKED = b"\nstopping after this step, to save; once more stops at once\n"
 
@@ -85,8 +85,7 @@ class Interrupts(Checkpoint):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs, batch, batch_idx: int
     ) -> None:
         if signum := self._agreed():
-            due = trainer.should_stop or trainer.global_step % trainer.val_check_batch == 0
-            self._stop(trainer, signum, validation_due=due and bool(trainer.enable_validation))
+            self._stop(trainer, signum, validation_is_due(trainer))
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._validation_due_at = None

@@ -1,0 +1,449 @@
+"""Damaged and hostile checkpoints: a model that works or one clean error. Nothing in a file is run, and it takes no
+time or memory beyond what its size explains.
+
+Judged in a process of its own (this file as a program), as what is looked for may end the process, or never end.
+"""
+
+import contextlib
+import copy
+import faulthandler
+import io
+import json
+import math
+import os
+import pickle
+import random
+import resource
+import subprocess
+import sys
+import warnings
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from gptlab import checkpoint, mistakes
+
+SEED, FEW = 5, 100
+SECONDS, MEGABYTES = 10, 100  # that judging one input may take, on top of what the process has
+MARKER = "executed"  # a file that appears if code in a checkpoint is run
+TINY = ["hardware=cpu", "model.n_layer=1", "model.n_head=2", "model.n_embd=8", "data=text", "data.path=text.txt",
+        "data.block_size=8", "data.batch_size=4", "data.val_windows=4", "trainer.max_steps=2", "trainer.val_every=1",
+        "optim.warmup_steps=0", "~logger", "~callbacks.sample_text", "hydra.run.dir=run"]  # fmt: skip
+WTE, WPE = "model.transformer.wte.weight", "model.transformer.wpe.weight"
+
+
+class Evil:
+    """Unpickled, it calls `function` with `argument`."""
+
+    def __init__(self, function: Callable, argument: Any) -> None:
+        self.call = function, (argument,)
+
+    def __reduce__(self) -> tuple[Callable, tuple]:
+        return self.call
+
+
+EVILS = [Evil(os.system, f"touch {MARKER}"), Evil(exec, f"open({MARKER!r}, 'w')"), Evil(eval, f"open({MARKER!r}, 'w')"),
+         Evil(os.mkdir, MARKER), Evil(subprocess.check_call, ["touch", MARKER])]  # fmt: skip
+
+
+def laughs() -> list:
+    """A few hundred bytes in a file, whose str() has 2**35 parts."""
+    value: list = ["ha"]
+    for _ in range(35):
+        value = [value, value]
+    return value
+
+
+def junk(rng: random.Random, depth: int = 2) -> Any:
+    """Any value that a checkpoint may hold."""
+    kind = rng.randrange(9)
+    if kind == 0 and depth:
+        return [junk(rng, depth - 1) for _ in range(rng.randrange(4))]
+    if kind == 1 and depth:
+        keys = rng.sample(["_target_", "type", "chars", "config", "model", "data", "", "a", 1, None], rng.randrange(4))
+        return {key: junk(rng, depth - 1) for key in keys}
+    if kind == 2:
+        return tensor(rng)
+    if kind == 3:
+        return rng.choice([2**31, 2**63, 10**9, 10**30, 10**400, 3, 16, 100, -3, 1.5, 1e300, math.nan, math.inf, -0.0])
+    if kind == 4:
+        return rng.choice([laughs(), b"ab", {1, 2}, 1j, torch.float32, torch.Size([2]), (), EVILS[0].call[1]])
+    if kind == 5:
+        return rng.choice(["", "a", "char", "bpe", "${oc.env:HOME}", "gptlab.model.GPT", "os.system", "evil.Model", "..",
+                           "\ud800.\0", "x" * 10**4])  # fmt: skip
+    return rng.choice([None, True, False, 0, 1, -1, 2, 8])
+
+
+def tensor(rng: random.Random) -> torch.Tensor:
+    shape = rng.choice([(), (0,), (8,), (15, 8), (8, 8), (24, 8), (8, 32), (16, 8), (1, 1, 2)])
+    whole = torch.full(shape, rng.choice([0.0, 0.02, 1.0, -3.0, math.nan, math.inf, -math.inf]))
+    kind = rng.randrange(10)
+    if kind == 0 and len(shape) == 2:
+        return whole.to_sparse()
+    if kind == 1:
+        return torch.empty(shape, device="meta")
+    if kind == 2:
+        return whole.nan_to_num(0, 0, 0).to(rng.choice([torch.int8, torch.bool, torch.complex64, torch.float64]))
+    if kind == 3:
+        return torch.zeros(1, 1).expand(rng.choice([(15, 8), (8, 8), (10**9, 8)]))
+    return whole
+
+
+def near(rng: random.Random, value: Any) -> Any:
+    """Something like the value: a small change."""
+    if isinstance(value, torch.Tensor) and value.numel() and value.is_contiguous() and not value.is_meta:
+        changed = value.clone()
+        changed.view(-1)[rng.randrange(value.numel())] = rng.choice([0, -1, 30, math.nan, math.inf])
+        return rng.choice([changed, value[:-1] if value.dim() else value, value.T.contiguous() if value.dim() == 2 else value,
+                           value.double(), value.to_sparse(), value.unsqueeze(0), value.flatten(), value * 3])  # fmt: skip
+    if isinstance(value, bool):
+        return rng.choice([not value, int(value), str(value), None])
+    if isinstance(value, (int, float)):
+        return rng.choice(
+            [value + 1, value - 1, -value, value * 2, value * 10**8, float(value), str(value), [value], None]
+        )
+    if isinstance(value, str):
+        at = rng.randrange(len(value) + 1)
+        return rng.choice([value[:at] + rng.choice("aZ\0é\ud800 ${}.") + value[at:], value[:at] + value[at + 1 :], value * 2,
+                           value.upper(), value.encode(errors="replace"), [value], None])  # fmt: skip
+    return copy.deepcopy(value) if rng.random() < 0.5 else junk(rng)
+
+
+def change_value(rng: random.Random, valid: dict) -> dict:
+    """One to three values changed, most of them where loading looks."""
+    changed = copy.deepcopy(valid)
+    for _ in range(rng.choice([1, 1, 2, 3])):
+        node: Any = changed
+        for key in rng.choice(
+            [["config", "model"]] * 3 + [["config", "data"], ["config"], ["tokenizer"], ["state_dict"], []]
+        ):
+            node = node[key] if isinstance(node, dict) and key in node else {}
+        if not isinstance(node, dict) or not node:
+            continue
+        key, step = rng.choice(list(node)), rng.randrange(8)
+        if step == 0:
+            del node[key]
+        elif step == 1:
+            node[rng.choice([str(key) + "x", "model.x", 3, None, (1, 2), "_target_"])] = node.pop(key)
+        elif step == 2:
+            node[rng.choice(["extra", "model.extra", 7, "_target_"])] = junk(rng)
+        elif step == 3:
+            node[key] = junk(rng)
+        else:
+            node[key] = near(rng, node[key])
+    return changed
+
+
+def change_bytes(rng: random.Random, content: bytes) -> bytes:
+    for _ in range(rng.choice([1, 1, 2, 4])):
+        at = rng.choice([rng.randrange(len(content) + 1), rng.randrange(min(200, len(content)) + 1)])
+        end = min(len(content), at + rng.choice([1, 1, 4, 100, 10**4]))
+        part = content[at:end]
+        new = rng.choice(
+            [b"", bytes(len(part)), part + part, b"\xff" * len(part), rng.randbytes(len(part)), rng.randbytes(8) + part]
+        )
+        content = content[:at] + new + content[end:]
+    return content
+
+
+def change_records(rng: random.Random, content: bytes) -> bytes:
+    """Bytes changed inside of the archive's files, their checksums right: what a damaged disk cannot do, but an attacker."""
+    chosen = rng.choice(
+        ["data.pkl", "data.pkl", "data.pkl", "data/0", "version", "byteorder", ".format_version", ".storage_alignment"]
+    )
+    compression = rng.choice([zipfile.ZIP_STORED] * 9 + [zipfile.ZIP_DEFLATED])
+    return repack(content, lambda name, data: change_bytes(rng, data) if name.endswith(chosen) else data, compression)
+
+
+def repack(
+    content: bytes, change: Callable[[str, bytes], bytes | None], compression: int = zipfile.ZIP_STORED
+) -> bytes:
+    result = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(content)) as old, zipfile.ZipFile(result, "w", compression) as new:
+        for part in old.infolist():
+            data = change(part.filename, old.read(part))
+            if data is not None:
+                new.writestr(part.filename, data)
+    return result.getvalue()
+
+
+def saved(value: Any, legacy: bool = False) -> bytes:
+    stream = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.save(value, stream, _use_new_zipfile_serialization=not legacy)
+    return stream.getvalue()
+
+
+def random_pickle(rng: random.Random) -> bytes:
+    """Operations of a pickle in any order, with arguments that fit or do not."""
+    names = ["collections\nOrderedDict", "collections\nCounter", "torch._utils\n_rebuild_tensor_v2", "torch\nFloatStorage",
+             "torch\nTensor", "torch._utils\n_rebuild_parameter", "torch\nSize", "torch\ndevice", "builtins\nset", "os\nsystem",
+             "_codecs\nencode", "torch.storage\n_load_from_bytes", "builtins\neval"]  # fmt: skip
+    parts = [b"]", b"}", b")", b"(", b"N", b"\x88", b"0", b"a", b"e", b"s", b"u", b"t", b"\x85", b"\x86", b"\x87", b"R", b"b", b"Q",
+             b"\x81", b"K\x01", b"M\x01\x02", b"J\xff\xff\xff\xff", b"G" + bytes(8), b"q\x00", b"h\x00", b"h\x63", b"\x8a\x08" + b"\xff" * 8,
+             b"X\x06\x00\x00\x00config", b"X\x07\x00\x00\x00storage", b"X\xff\xff\xff\x7fa", b"U\x02ab"]  # fmt: skip
+    parts += [b"c" + name.encode() + b"\n" for name in names]
+    return b"\x80" + rng.choice([b"\x02", b"\x02", b"\x04"]) + b"".join(rng.choices(parts, k=rng.randrange(30))) + b"."
+
+
+def random_input(rng: random.Random, valid: dict, content: bytes) -> bytes:
+    kind = rng.randrange(8)
+    if kind == 0:
+        return rng.choice([b"", b"PK\x03\x04", b"\x80\x02", content[:30]]) + rng.randbytes(
+            rng.choice([0, 3, 100, 5000])
+        )
+    if kind == 1:
+        pickled = random_pickle(rng)
+        return rng.choice([pickled, repack(content, lambda name, data: pickled if name.endswith("data.pkl") else data)])
+    if kind == 2:
+        return saved(
+            {key: junk(rng) for key in rng.sample(list(valid), rng.randrange(len(valid)))}
+            if rng.random() < 0.5
+            else junk(rng)
+        )
+    if kind == 3:
+        return saved(
+            {**valid, rng.choice(["config", "data", "tokenizer", "state_dict"]): junk(rng)}, legacy=rng.random() < 0.2
+        )
+    if kind == 4:
+        return evil_file(rng.choice(EVILS), rng.choice(["pickle", "zip", "nested", "legacy"]), valid, content)
+    if kind == 5:
+        return pickle.dumps(
+            junk(rng) if rng.random() < 0.5 else {key: junk(rng) for key in valid}, protocol=rng.choice([0, 2, 4, 5])
+        )
+    if kind == 6:
+        stream = io.BytesIO()
+        with zipfile.ZipFile(stream, "w", rng.choice([zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])) as file:
+            for name in rng.sample(
+                ["a/data.pkl", "a/data/0", "a/version", "data.pkl", "../x", "a/byteorder"], rng.randrange(6)
+            ):
+                file.writestr(name, rng.choice([random_pickle(rng), rng.randbytes(8), b"3\n", b"little"]))
+        return stream.getvalue()
+    config = {"model": {"_target_": "gptlab.model.GPT", **{key: rng.choice([1, 2, 8, junk(rng)]) for key in valid["config"]["model"] if key != "_target_"}},
+              "data": {"block_size": rng.choice([8, junk(rng)])}}  # fmt: skip
+    return saved({**valid, "config": config})
+
+
+def evil_file(evil: Evil, way: str, valid: dict, content: bytes) -> bytes:
+    pickled = pickle.dumps(evil, protocol=2)
+    if way == "pickle":
+        return pickled
+    if way == "zip":
+        return repack(content, lambda name, data: pickled if name.endswith("data.pkl") else data)
+    return saved({**valid, "config": {**valid["config"], "evil": evil}}, legacy=way == "legacy")
+
+
+def made(key: str, valid: dict, content: bytes) -> bytes:
+    """The input of that key: the name of one in CASES, or a seed. Even seeds change a valid checkpoint."""
+    if key in CASES:
+        result = CASES[key](copy.deepcopy(valid))
+        return result if isinstance(result, bytes) else saved(result)
+    rng = random.Random(f"{SEED}/{key}")
+    if int(key) % 2:
+        return random_input(rng, valid, content)
+    kind = rng.randrange(6)
+    if kind == 0:
+        return change_bytes(rng, content)
+    return change_records(rng, content) if kind == 1 else saved(change_value(rng, valid))
+
+
+def verdict(path: Path) -> str:
+    """accepted, refused, or what was wrong: anything but one error of ours about this file, or a model that works."""
+    outcomes = []
+    for load in (lambda: checkpoint.read(path, mmap=True), lambda: use(*checkpoint.load(path))):
+        try:
+            load()
+            outcomes.append("accepted")
+        except BaseException as error:
+            text = mistakes.explain(error, composing=False) if type(error) is ValueError else None
+            if text is None or path.name not in text or len(text) > 2000 or "allocate" in text or "MemoryError" in text:
+                return f"{type(error).__name__}: {str(error)[:300]}"
+            outcomes.append("refused")
+    return outcomes[1]
+
+
+def use(model: torch.nn.Module, tokenizer: Any, _: dict) -> None:
+    for length in (1, model.block_size):
+        ids = torch.arange(length)[None] % tokenizer.vocab_size
+        logits = model(ids)[..., : tokenizer.vocab_size]
+        assert logits.shape == (1, length, tokenizer.vocab_size) and torch.isfinite(logits).all(), (
+            "logits are not finite"
+        )
+    assert isinstance(tokenizer.decode(range(tokenizer.vocab_size)), str)
+    assert max(tokenizer.encode(tokenizer.start)) < tokenizer.vocab_size
+
+
+def judge_all(valid_path: str, keys: list[str]) -> None:
+    """Print a verdict for each key, as JSON lines; too much time ends the process."""
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    content = Path(valid_path).read_bytes()
+    valid = torch.load(valid_path, weights_only=True)
+    del valid["optimizer_states"]  # half of the time, and nothing looks at them
+    use(*checkpoint.load(Path(valid_path)))  # all that is imported on the way
+    path = Path("judged.ckpt")
+    for key in keys:
+        path.write_bytes(made(key, valid, content))
+        with limits():
+            result = verdict(path)
+        print(json.dumps([key, result]), flush=True)
+
+
+@contextlib.contextmanager
+def limits() -> Iterator[None]:
+    """MEGABYTES more than there are: an error, which `verdict` sees. After SECONDS the process ends."""
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + MEGABYTES * 2**20, resource.RLIM_INFINITY))
+    faulthandler.dump_traceback_later(SECONDS, exit=True)
+    try:
+        yield
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+        resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+
+
+def judge(valid: Path, keys: list[str], folder: Path) -> dict[str, str]:
+    """The verdict for each key. A process that ended at one of them is followed by another for the rest."""
+    verdicts: dict[str, str] = {}
+    while rest := keys[len(verdicts) :]:
+        command = [sys.executable, __file__, str(valid), *rest]
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+        verdicts |= dict(json.loads(line) for line in done.stdout.splitlines())
+        if len(verdicts) < len(keys):
+            verdicts[keys[len(verdicts)]] = f"ended with status {done.returncode}: {done.stderr[-1500:]}"
+    return verdicts
+
+
+@pytest.fixture(scope="module")
+def valid(tmp_path_factory) -> Path:
+    """A checkpoint of a real run."""
+    folder = tmp_path_factory.mktemp("valid")
+    (folder / "text.txt").write_text("to be or not to be, that is the question. " * 40)
+    subprocess.run([sys.executable, "-m", "gptlab.train", *TINY], cwd=folder, check=True, capture_output=True)
+    return folder / "run/checkpoints/last.ckpt"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Where checkpoints are judged; importing `evil` there leaves a trace."""
+    place = tmp_path_factory.mktemp("judged")
+    (place / "evil.py").write_text(f"open({MARKER!r}, 'w')")
+    return place
+
+
+@pytest.fixture(scope="module")
+def few(valid, folder) -> dict[str, str]:
+    """The verdicts on what a process of its own would cost too much for."""
+    return judge(valid, [*CASES, *map(str, range(FEW))], folder)
+
+
+@pytest.mark.parametrize("count", [FEW, pytest.param(12_000, marks=pytest.mark.slow)])
+def test_checkpoints(valid, folder, few, count):
+    """Half of them small changes of a valid one. Some of those are accepted: else nothing says that models still work."""
+    verdicts = {seed: few[seed] for seed in map(str, range(FEW))}
+    verdicts |= judge(valid, [str(seed) for seed in range(FEW, count)], folder)
+    wrong = {seed: text for seed, text in verdicts.items() if text not in ("accepted", "refused")}
+    accepted, refused = (list(verdicts.values()).count(text) for text in ("accepted", "refused"))
+    print(f"{accepted} accepted, {refused} refused, {len(wrong)} wrong")
+    assert not wrong, "\n".join(f"seed {seed}: {text}" for seed, text in wrong.items())
+    assert not (folder / MARKER).exists(), "code in a checkpoint was run"
+    assert accepted > count / 20 and refused > count / 2
+
+
+def changed(*path: str, to: Any) -> Callable[[dict], dict]:
+    """A case: the value at this place of a valid checkpoint is another."""
+
+    def change(valid: dict) -> dict:
+        node = valid
+        for key in path[:-1]:
+            node = node[key]
+        node[path[-1]] = to
+        return valid
+
+    return change
+
+
+def with_pickle(pickled: bytes) -> Callable[[dict], bytes]:
+    return lambda valid: repack(saved(valid), lambda name, data: pickled if name.endswith("data.pkl") else data)
+
+
+def bomb(name: str) -> Callable[[dict], bytes]:
+    """One of the archive's files has 150 MB of zeros, in less than a MB."""
+    grown = lambda part, data: data + bytes(150 * 2**20) if part.endswith(name) else data  # noqa: E731
+    return lambda valid: repack(saved(valid), grown, zipfile.ZIP_DEFLATED)
+
+
+# What was found, or had to be: each must be refused.
+CASES: dict[str, Callable[[dict], Any]] = {
+    "a tensor instead of the whole": lambda valid: torch.zeros(3),
+    "a pickle that pops from nothing": with_pickle(b"\x80\x02."),
+    "a pickle cut within a number": with_pickle(b"\x80\x02G\0."),
+    "a pickle with a storage that is none": with_pickle(b"\x80\x02K\x01Q."),
+    "a pickle 100,000 lists deep": with_pickle(b"\x80\x02" + b"]" * 10**5 + b"a" * (10**5 - 1) + b"."),
+    "a weight that has no name": changed("state_dict", 3, to=torch.zeros(3)),
+    "half a head": changed("config", "model", "n_head", to=2.0),
+    "a class of a billion laughs": changed("config", "model", "_target_", to=laughs()),
+    "a tokenizer's class of a billion laughs": changed("tokenizer", "_target_", to=laughs()),
+    "a gelu of a billion laughs": changed("config", "model", "gelu", to=laughs()),
+    "a tokenizer of a billion laughs": changed("tokenizer", "type", to=laughs()),
+    "a billion layers": changed("config", "model", "n_layer", to=10**9),
+    "a hundred million positions": changed("config", "data", "block_size", to=10**8),
+    "a vocabulary padded to a hundred million": changed("config", "model", "vocab_multiple", to=10**8),
+    "a hundred thousand channels": changed("config", "model", "n_embd", to=10**5),
+    "positions that share one number": lambda valid: changed("config", "data", "block_size", to=10**8)(
+        changed("state_dict", WPE, to=torch.zeros(1, 1).expand(10**8, 8))(valid)
+    ),
+    "weights near the largest number": changed("state_dict", WTE, to=torch.full((15, 8), 3e38)),
+    "a bomb in the pickle": bomb("data.pkl"),
+    "a bomb in a file that is not read": bomb("serialization_id"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_hostile_checkpoints(few, name):
+    assert few[name] == "refused"
+
+
+@pytest.mark.parametrize("way", ["pickle", "zip", "nested", "legacy"])
+@pytest.mark.parametrize("evil", EVILS, ids=lambda evil: evil.call[0].__name__)
+def test_code_in_a_checkpoint_is_not_run(valid, tmp_path, monkeypatch, evil, way):
+    """The same file, read by a reader that trusts it, does run the code: the file is what it should be."""
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "evil.ckpt"
+    path.write_bytes(evil_file(evil, way, torch.load(valid, weights_only=True), valid.read_bytes()))
+    for mmap in (False, True):
+        with pytest.raises(ValueError, match=r"evil.ckpt is not a checkpoint of gptlab"):
+            checkpoint.read(path, mmap=mmap)
+    assert not Path(MARKER).exists()
+    pickle.loads(path.read_bytes()) if way == "pickle" else torch.load(path, weights_only=False)
+    assert Path(MARKER).exists()
+
+
+@pytest.mark.parametrize("place", ["model", "tokenizer"])
+@pytest.mark.parametrize("target", ["evil.Model", "os.system"])
+def test_a_class_in_a_checkpoint_is_not_run(valid, tmp_path, monkeypatch, place, target):
+    """Neither called nor imported; with trust it is."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "evil", raising=False)
+    (tmp_path / "evil.py").write_text(f"open({MARKER!r}, 'w')")
+    whole = torch.load(valid, weights_only=True)
+    node = {"_target_": target, **({"command": f"touch {MARKER}"} if target == "os.system" else {})}
+    whole["config"]["model"] = node if place == "model" else whole["config"]["model"]
+    whole["tokenizer"] = node if place == "tokenizer" else whole["tokenizer"]
+    torch.save(whole, "evil.ckpt")
+    with pytest.raises(ValueError, match=f"evil.ckpt needs {target}, which is not gptlab's"):
+        checkpoint.load(Path("evil.ckpt"))
+    assert not Path(MARKER).exists()
+    with pytest.raises((ValueError, AttributeError)):
+        checkpoint.load(Path("evil.ckpt"), trust=True)
+    assert Path(MARKER).exists() or (place, target) == ("model", "os.system")  # os.system takes no vocab_size
+
+
+if __name__ == "__main__":
+    judge_all(sys.argv[1], sys.argv[2:])
