@@ -308,7 +308,7 @@ def _sweep_job(entry: str, cfg: Any) -> float | None:
     ranks = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "NODE_RANK", "GROUP_RANK", "LOCAL_WORLD_SIZE", "PL_GLOBAL_SEED")
     environment = {key: value for key, value in os.environ.items() if key not in ranks}
     status = _wait_for(subprocess.Popen(command, env=environment, start_new_session=True))
-    if status in (130, 143, -signal.SIGINT, -signal.SIGTERM):
+    if status in (129, 130, 143, -signal.SIGHUP, -signal.SIGINT, -signal.SIGTERM):
         print(f"the sweep stops here, after a job that was stopped: {folder}", file=sys.stderr)
         sys.exit(status if status > 0 else 128 - status)
     if status != 0:

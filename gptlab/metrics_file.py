@@ -16,25 +16,33 @@ class MetricsFile(Logger):
     """Appends `{"step": s, name: value, ...}` per log event, after a first line that says which data it is about.
     Values that are not finite are written as null.
 
-    A run that starts at `start_step` first drops the lines of later steps, which it will write again.
+    A run that starts at `start_step` first drops the lines that it will write again: those of later steps, and with
+    `validation_due` those of that step's validation.
     """
 
-    def __init__(self, path: Path, start_step: int, data: dict[str, str]) -> None:
+    def __init__(self, path: Path, start_step: int, data: dict[str, str], validation_due: bool) -> None:
         super().__init__()
         self.path = path
         self._file = None
-        self._start_step = start_step
+        self._start_step, self._validation_due = start_step, validation_due
         self._header = json.dumps({"step": 0, "data": data}) + "\n"
+
+    def kept(self) -> list[dict[str, Any]]:
+        """What earlier processes logged and this one will not log again."""
+        if not (self._start_step and self.path.exists()):
+            return []
+        lines = self.path.read_text("utf-8").splitlines(keepends=True)[1:]
+        logged = [json.loads(line) for line in lines if line.endswith("\n")]  # the last one may have been cut off
+        return [entry for entry in logged if not self._comes_again(entry)]
+
+    def _comes_again(self, entry: dict[str, Any]) -> bool:
+        due_then = self._validation_due and any(name.startswith("val/") for name in entry)
+        return entry["step"] > self._start_step or (due_then and entry["step"] == self._start_step)
 
     @rank_zero_only
     def _open(self) -> None:
-        kept = [self._header]
-        if self._start_step and self.path.exists():
-            for line in self.path.read_text("utf-8").splitlines(keepends=True)[1:]:
-                if not line.endswith("\n") or json.loads(line)["step"] > self._start_step:
-                    break
-                kept.append(line)
-        write_atomic(self.path, "".join(kept).encode("utf-8"))
+        lines = [self._header, *(json.dumps(entry) + "\n" for entry in self.kept())]
+        write_atomic(self.path, "".join(lines).encode("utf-8"))
         self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115  (stays open for the run)
 
     @rank_zero_only

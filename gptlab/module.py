@@ -24,6 +24,7 @@ from gptlab.watch import OVERFLOW, Watch
 log = logging.getLogger(__name__)
 
 Batch = Tensor | tuple[Tensor, Tensor]
+LESS_MEMORY = "use a smaller model or data.block_size, model.activation_checkpointing=true, or trainer.precision=bf16 (in a new run)"
 
 
 class GPTModule(L.LightningModule):
@@ -120,10 +121,7 @@ class GPTModule(L.LightningModule):
     def _halved(self, size: int, what: str) -> int:
         half = (size + 1) // 2
         if size == 1:
-            raise ValueError(
-                f"out of memory in {what} with a micro-batch of one sequence: use a smaller model or data.block_size, "
-                "model.activation_checkpointing=true, or trainer.precision=bf16"
-            )
+            raise ValueError(f"out of memory in {what} with a micro-batch of one sequence: {LESS_MEMORY}")
         if self.trainer.world_size > 1:
             raise ValueError(
                 f"out of memory in {what} with {size} sequences at a time: add data.micro_batch_size={half}"

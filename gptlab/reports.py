@@ -78,15 +78,17 @@ def ended_early(error: BaseException, trainer: Any, run: Path) -> int:
         BaseException: the error itself, if it is a user's mistake, which is shown elsewhere, or another process's.
     """
     from gptlab.callbacks.interrupts import Interrupted
-    from gptlab.module import out_of_memory
+    from gptlab.module import LESS_MEMORY, out_of_memory
     from gptlab.watch import Diverged
 
     first = trainer.is_global_zero
     if isinstance(error, Interrupted):
-        what, status = f"stopped by {error}", 130 if error.signum == signal.SIGINT else 143
+        what, status = f"stopped by {error}", 143 if error.signum == signal.SIGUSR1 else 128 + error.signum
     elif isinstance(error, SystemExit) and trainer.interrupted:  # Ctrl-C twice; Lightning would exit with 1
         what, status = "interrupted", 130
-    elif isinstance(error, (Diverged, OSError)) or (isinstance(error, RuntimeError) and out_of_memory(error)):
+    elif isinstance(error, RuntimeError) and out_of_memory(error):
+        what, status = f"ERROR: {error}\n{LESS_MEMORY}", 1
+    elif isinstance(error, (Diverged, OSError)):
         what, status = f"ERROR: {error}", 1
     else:
         mistake = mistakes.explain(error, composing=False) is not None

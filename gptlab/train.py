@@ -41,7 +41,7 @@ def train(cfg: Any) -> float | None:
         resume.check_same_data(saved, data)
     memory = check_memory(resolved, data)
     module = make_module(resolved, data)
-    trainer = make_trainer(cfg, run, data, resuming, start_step)
+    trainer = make_trainer(cfg, run, data, make_loggers(cfg, run, data.record, saved))
     if trainer.is_global_zero:
         device = reports.device_name(trainer)
         runs.record(run, resolved, data.record, tokenizer, device, resumed_at=start_step if resuming else None)
@@ -180,7 +180,7 @@ def make_module(resolved: dict[str, Any], data: Any) -> Any:
     )
 
 
-def make_trainer(cfg: Any, run: Path, data: Any, resuming: bool, start_step: int) -> Any:
+def make_trainer(cfg: Any, run: Path, data: Any, loggers: list[Any]) -> Any:
     """Lightning's Trainer for this run.
 
     Raises:
@@ -215,7 +215,7 @@ def make_trainer(cfg: Any, run: Path, data: Any, resuming: bool, start_step: int
             val_check_interval=t.val_every,
             check_val_every_n_epoch=None,
             num_sanity_val_steps=-1,  # the whole validation at step 0
-            logger=make_loggers(cfg, run, data.record, resuming, start_step),
+            logger=loggers,
             log_every_n_steps=t.log_every,
             callbacks=callbacks,
             enable_checkpointing=True,  # for Interrupts; what is saved, and when, is Checkpointing's
@@ -229,19 +229,27 @@ def make_trainer(cfg: Any, run: Path, data: Any, resuming: bool, start_step: int
         raise ValueError(f"Lightning cannot be set up with these trainer.* values: {error}") from error
 
 
-def make_loggers(cfg: Any, run: Path, data_record: dict[str, str], resuming: bool, start_step: int) -> list[Any]:
+def make_loggers(cfg: Any, run: Path, data_record: dict[str, str], saved: dict[str, Any]) -> list[Any]:
+    """metrics.jsonl and the logger of the config, both without what will be logged once more after a resume from the
+    checkpoint `saved` ({}: from the start)."""
     from hydra.utils import instantiate
 
     from gptlab.metrics_file import MetricsFile
 
-    loggers = [MetricsFile(run / "metrics.jsonl", start_step, data_record)]
-    if cfg.logger is not None:
-        # TensorBoard hides what an interrupted run wrote after its last checkpoint
-        purge = (
-            {"purge_step": start_step and start_step + 1} if resuming and "TensorBoard" in cfg.logger._target_ else {}
-        )
-        loggers.append(instantiate(cfg.logger, save_dir=str(run), **purge))
-    return loggers
+    start_step = saved.get("global_step", 0)
+    due = bool(start_step) and saved["callbacks"].get("Interrupts", {}).get("validation_due_at") == start_step
+    metrics = MetricsFile(run / "metrics.jsonl", start_step, data_record, validation_due=due)
+    if cfg.logger is None:
+        return [metrics]
+    if cfg.resume is None or "TensorBoard" not in cfg.logger._target_:
+        return [metrics, instantiate(cfg.logger, save_dir=str(run))]
+    # From this step on, TensorBoard hides what it has. It knows whole steps only: what is kept of one is given again.
+    purge_step = start_step + 1 if start_step and not due else start_step
+    tensorboard = instantiate(cfg.logger, save_dir=str(run), purge_step=purge_step)
+    for entry in metrics.kept() if due else []:
+        if entry["step"] == start_step:
+            tensorboard.log_metrics({name: value for name, value in entry.items() if name != "step"}, start_step)
+    return [metrics, tensorboard]
 
 
 def fit(trainer: Any, module: Any, data: Any, ckpt: Path | None, run: Path) -> None:

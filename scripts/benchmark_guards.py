@@ -60,7 +60,7 @@ class Clock(L.Callback):
 def tokens_per_s(cfg: Any, run: Path, guarded: bool) -> float:
     data = train.make_data(cfg, resuming=False)
     module = train.make_module(train.plain(cfg), data)
-    trainer = train.make_trainer(cfg, run, data, False, 0)
+    trainer = train.make_trainer(cfg, run, data, train.make_loggers(cfg, run, data.record, {}))
     if not guarded:
         module.__class__ = Unguarded
         trainer.callbacks = [callback for callback in trainer.callbacks if not isinstance(callback, Interrupts)]

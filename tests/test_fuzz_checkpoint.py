@@ -33,7 +33,7 @@ MARKER = "executed"  # a file that appears if code in a checkpoint is run
 TINY = ["hardware=cpu", "model.n_layer=1", "model.n_head=2", "model.n_embd=8", "data=text", "data.path=text.txt",
         "data.block_size=8", "data.batch_size=4", "data.val_windows=4", "trainer.max_steps=2", "trainer.val_every=1",
         "optim.warmup_steps=0", "~logger", "~callbacks.sample_text", "hydra.run.dir=run"]  # fmt: skip
-WTE, WPE = "model.transformer.wte.weight", "model.transformer.wpe.weight"
+WPE = "model.transformer.wpe.weight"
 
 
 class Evil:
@@ -398,7 +398,7 @@ CASES: dict[str, Callable[[dict], Any]] = {
     "positions that share one number": lambda valid: changed("config", "data", "block_size", to=10**8)(
         changed("state_dict", WPE, to=torch.zeros(1, 1).expand(10**8, 8))(valid)
     ),
-    "weights near the largest number": changed("state_dict", WTE, to=torch.full((15, 8), 3e38)),
+    "weights near the largest number": changed("state_dict", "model.transformer.ln_f.weight", to=torch.full((8,), 3e38)),
     "a bomb in the pickle": bomb("data.pkl"),
     "a bomb in a file that is not read": bomb("serialization_id"),
 }  # fmt: skip

@@ -487,7 +487,7 @@ def test_debug_fast_runs_through(tmp_path):
     train.settle_machine(cfg)
     data = train.make_data(cfg, resuming=False)
     module = train.make_module(train.plain(cfg), data)
-    trainer = train.make_trainer(cfg, tmp_path, data, resuming=False, start_step=0)
+    trainer = train.make_trainer(cfg, tmp_path, data, train.make_loggers(cfg, tmp_path, data.record, {}))
     trainer.fit(module, data)
     assert trainer.global_step == 2 and data.batch_size == 1
     assert [line["step"] for line in lines(tmp_path, "val/accuracy")] == [0, 1, 2]

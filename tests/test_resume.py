@@ -389,3 +389,57 @@ def test_a_second_ctrl_c_ends_at_once(tmp_path):
     said, errors = process.communicate(timeout=60)
     assert process.returncode == 130 and errors == ""
     assert "interrupted\nat step 5; the last checkpoint is of step 4" in said
+
+
+def test_a_validation_that_is_done_again_is_logged_once(gptlab, tmp_path, whole, stopped):
+    """Stopped in the middle of the validation of step 8; the resumed run logs it, and is killed before it could save
+    anything; and once more. Neither metrics.jsonl nor TensorBoard have it twice, and both have what training logged."""
+    (tmp_path / "unsaved.py").write_text(
+        "import os, pathlib, signal, lightning\n"
+        "class Unsaved(lightning.Callback):\n"
+        "    def on_validation_end(self, trainer, module):\n"
+        "        kills = pathlib.Path('kills')\n"
+        "        if trainer.global_step == 9 and module.validated['step'] == 9 and len(kills.read_text()) < 2:\n"
+        "            kills.write_text(kills.read_text() + 'x')\n"
+        "            for logger in trainer.loggers:\n"
+        "                logger.save()\n"
+        "            os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    (tmp_path / "kills").write_text("")
+    every_9 = ["trainer.val_every=9", "+callbacks.unsaved._target_=unsaved.Unsaved"]  # trains and validates at step 9
+    stopped(*every_9, *send(9, signal.SIGTERM, "validation"), status=143)
+    resume(gptlab, tmp_path, status=-signal.SIGKILL)
+    resume(gptlab, tmp_path, status=-signal.SIGKILL)
+    resume(gptlab, tmp_path)
+    lines = metrics(tmp_path / "run")
+    assert [line["step"] for line in lines if "val/loss" in line] == [0, 9, 11]
+    assert [line["step"] for line in lines if "train/loss" in line] == [3, 6, 9, 11]
+    events = EventAccumulator(str(tmp_path / "run/tensorboard")).Reload()
+    assert [event.step for event in events.Scalars("val/loss")] == [0, 9, 11]
+    assert [event.step for event in events.Scalars("train/loss")] == [3, 6, 9, 11]
+
+
+def test_the_last_validation_of_a_run_that_a_callback_ended(gptlab, tmp_path, stopped):
+    """As when trainer.max_time is over: such a callback ends a resumed run before Lightning begins it."""
+    (tmp_path / "over.py").write_text(
+        "import lightning, pathlib\n"
+        "class Over(lightning.Callback):\n"
+        "    def on_train_batch_end(self, trainer, *rest):\n"
+        "        if trainer.global_step == 6:\n"
+        "            pathlib.Path('over').touch()\n"
+        "            trainer.should_stop = True\n"
+        "    def on_fit_start(self, trainer, module):\n"
+        "        trainer.should_stop = pathlib.Path('over').exists()\n"
+    )
+    stopped("+callbacks.over._target_=over.Over", *send(6, signal.SIGTERM, "validation"), status=143)
+    resume(gptlab, tmp_path)
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    assert (summary["steps"], summary["ended"], summary["last"]["step"]) == (6, "callback", 6)
+
+
+def test_a_closed_terminal_is_no_reason_to_lose_anything(gptlab, tmp_path, whole, stopped):
+    """What the run says then cannot go to the terminal; train.log has it."""
+    stopped(*send(5, signal.SIGHUP, "in"), status=129)
+    assert "stopped by SIGHUP\nat step 5; the last checkpoint is of step 5" in (tmp_path / "run/train.log").read_text()
+    resume(gptlab, tmp_path)
+    assert_same_end(tmp_path / "run", whole())

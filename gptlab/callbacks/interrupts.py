@@ -1,7 +1,10 @@
-"""SIGTERM, Ctrl-C and a cluster's requeue signal: finish the step, save, and end."""
+"""SIGTERM, Ctrl-C, a closed terminal and a cluster's requeue signal: finish the step, save, and end."""
 
+import math
 import os
 import signal
+import sys
+import time
 from typing import Any
 
 import lightning as L
@@ -12,7 +15,8 @@ from torch import distributed as dist
 
 from gptlab.callbacks.checkpointing import Checkpointing, validation_is_due
 
-ASKED = b"\nstopping after this step, to save; once more stops at once\n"
+ASKED = b"\nstopping after this step; once more stops at once\n"
+HURRY = 10.0  # seconds after a signal; a cluster kills after 30
 
 
 class Interrupted(Exception):
@@ -33,7 +37,7 @@ class Interrupts(Checkpoint):
     """
 
     def __init__(self) -> None:
-        self._signum = 0
+        self._signum, self._asked_at = 0, math.inf
         self._validation_due_at: int | None = None
         self._group: Any = None
         self._common_batches = 0
@@ -50,6 +54,8 @@ class Interrupts(Checkpoint):
 
     def _listen(self, connector: Any) -> None:
         signals = [signal.SIGTERM, signal.SIGINT]
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup has it
+            signals.append(signal.SIGHUP)
         if "SLURM_JOB_ID" in os.environ:
             signals.append(signal.SIGUSR1)
         connector._original_handlers = {signum: signal.getsignal(signum) for signum in signals}  # it puts them back
@@ -60,14 +66,16 @@ class Interrupts(Checkpoint):
         trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # it waits for the device at each step
         if trainer.world_size > 1:
             self._group = dist.new_group(backend="gloo")  # on the host: no step waits for a GPU
-        self._final = self._validation_due_at is not None and self._validation_due_at >= trainer.max_steps
-        trainer.fit_loop.epoch_loop.max_steps += self._final  # or Lightning would not even begin
+        if self._validation_due_at is not None:  # where nothing else is left to do, Lightning would not even begin
+            self._final = self._validation_due_at >= trainer.max_steps
+            trainer.fit_loop.epoch_loop.max_steps += self._final
+            self._should_stop, trainer.should_stop = trainer.should_stop or self._final, False
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self._validation_due_at is None:
             return
         trainer.fit_loop.epoch_loop.max_steps -= self._final
-        trainer.should_stop = self._final
+        trainer.should_stop = self._should_stop
         validation = trainer.fit_loop.epoch_loop.val_loop
         validation.restarting = False  # it begins anew, wherever it was left
         trainer.validating = True
@@ -75,11 +83,19 @@ class Interrupts(Checkpoint):
         trainer.training = True
 
     def _asked_to_stop(self, signum: int, frame: Any) -> None:
-        self._signum = signum
+        self._signum, self._asked_at = signum, time.monotonic()
         default = signal.default_int_handler if signum == signal.SIGINT else signal.SIG_DFL
         signal.signal(signum, default)
-        if os.environ.get("LOCAL_RANK", "0") == "0":
+        if signum == signal.SIGHUP:  # the terminal is gone: what writes to it would fail
+            for stream in (1, 2):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
+        elif os.environ.get("LOCAL_RANK", "0") == "0":
             os.write(1, ASKED)  # logging is not safe in a signal handler
+
+    @property
+    def in_a_hurry(self) -> bool:
+        """Whether a signal came so long ago that what can be left out should be."""
+        return time.monotonic() - self._asked_at > HURRY
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs, batch, batch_idx: int
@@ -89,7 +105,8 @@ class Interrupts(Checkpoint):
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._validation_due_at = None
-        self._common_batches = self._over_processes(int(sum(trainer.num_val_batches)), dist.ReduceOp.MIN)
+        batches = min(sum(trainer.num_val_batches), sys.maxsize)  # infinite for a loader without a length
+        self._common_batches = self._over_processes(int(batches), dist.ReduceOp.MIN)
 
     def on_validation_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs, batch, batch_idx: int, dataloader_idx: int = 0

@@ -8,6 +8,7 @@ import lightning as L
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 
+from gptlab.callbacks.interrupts import Interrupts
 from gptlab.generate import generate
 
 log = logging.getLogger(__name__)
@@ -43,17 +44,18 @@ class SampleText(L.Callback):
         idx = torch.from_numpy(self._ids.astype("int64")).to(pl_module.device)[None]
         generator = torch.Generator(pl_module.device).manual_seed(trainer.global_step)
         with trainer.precision_plugin.forward_context():
-            new = [
-                int(next_id)
-                for next_id in generate(
-                    pl_module.model,
-                    idx,
-                    self.max_new_tokens,
-                    temperature=self.temperature,
-                    top_k=self.top_k,
-                    generator=generator,
-                )
-            ]
+            new = []
+            for next_id in generate(
+                pl_module.model,
+                idx,
+                self.max_new_tokens,
+                temperature=self.temperature,
+                top_k=self.top_k,
+                generator=generator,
+            ):
+                new.append(int(next_id))
+                if any(isinstance(callback, Interrupts) and callback.in_a_hurry for callback in trainer.callbacks):
+                    break
         text = trainer.datamodule.tokenizer.decode([*self._ids.tolist(), *new])
         lines = [f"    {line}" for line in text.strip("\n").split("\n")]  # indented: Markdown leaves such text as it is
         log.info("\n%s\n", "\n".join(lines))
