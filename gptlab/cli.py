@@ -33,7 +33,7 @@ TEXT_KEYS = ("prompt", "prompt_file", "ckpt", "data.path", "data.val_path", "dat
              "path", "out", "hub_split", "callbacks.sample_text.prompt")  # fmt: skip
 LONGEST, DEEPEST = 2000, 50  # characters and brackets of an override that is no text
 # How long to train, and what is the machine's: neither changes what a step does.
-RESUME_MAY_CHANGE = ("trainer.max_steps", "trainer.max_time", "optim.decay_steps", "trainer.accelerator",
+RESUME_MAY_CHANGE = ("trainer.max_steps", "trainer.max_time", "optim.decay_steps", "optim.skip_nonfinite", "trainer.accelerator",
                      "trainer.devices", "trainer.num_nodes", "trainer.strategy", "trainer.log_every",
                      "trainer.checkpoint_every", "data.workers", "data.micro_batch_size")  # fmt: skip
 
@@ -66,7 +66,7 @@ def main(task: Callable[[Any], float | None], entry: str) -> None:
                 composing = False
                 return task(cfg)
         except SystemExit as stop:
-            if stop.code == 2:
+            if stop.code in (2, 130):
                 _remove_unused(Path(HydraConfig.get().runtime.output_dir))
             raise
 
@@ -230,9 +230,12 @@ def _resume(run: str, flags: list[str], given: dict[str, str]) -> tuple[list[str
     if {"-m", "--multirun"} & set(flags):
         raise ValueError("resume goes on with one run; it cannot be combined with a sweep (-m)")
     if refused := [key for key in given if key not in RESUME_MAY_CHANGE]:
+        last = {key.rpartition(".")[2]: key for key in RESUME_MAY_CHANGE}
+        meant = [last[near] for key in refused for near in difflib.get_close_matches(key.rpartition(".")[2], last, n=1)]
         raise ValueError(
-            f"a resumed run keeps its config; not to be changed: {', '.join(refused)}. "
-            f"Allowed: {', '.join(RESUME_MAY_CHANGE)}"
+            f"a resumed run keeps its config; not to be changed: {', '.join(refused)}"
+            + (f" (did you mean {', '.join(meant)}?)" if meant else "")
+            + f". Allowed: {', '.join(RESUME_MAY_CHANGE)}. With anything else, start a new run"
         )
     if "optim.decay_steps" in given and "trainer.max_steps" not in given:
         raise ValueError("optim.decay_steps changes the schedule of a longer run: it goes with trainer.max_steps")
@@ -309,7 +312,7 @@ def _sweep_job(entry: str, cfg: Any) -> float | None:
     environment = {key: value for key, value in os.environ.items() if key not in ranks}
     status = _wait_for(subprocess.Popen(command, env=environment, start_new_session=True))
     if status in (129, 130, 143, -signal.SIGHUP, -signal.SIGINT, -signal.SIGTERM):
-        print(f"the sweep stops here, after a job that was stopped: {folder}", file=sys.stderr)
+        print(f"the sweep stops here: no job after {folder} was started", file=sys.stderr)
         sys.exit(status if status > 0 else 128 - status)
     if status != 0:
         raise CompactHydraException(f"the job in {folder} ended with status {status}; what it said is above")

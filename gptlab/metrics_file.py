@@ -28,11 +28,20 @@ class MetricsFile(Logger):
         self._header = json.dumps({"step": 0, "data": data}) + "\n"
 
     def kept(self) -> list[dict[str, Any]]:
-        """What earlier processes logged and this one will not log again."""
+        """What earlier processes logged and this one will not log again.
+
+        Raises:
+            ValueError: the file is damaged.
+        """
         if not (self._start_step and self.path.exists()):
             return []
         lines = self.path.read_text("utf-8").splitlines(keepends=True)[1:]
-        logged = [json.loads(line) for line in lines if line.endswith("\n")]  # the last one may have been cut off
+        try:
+            logged = [json.loads(line) for line in lines if line.endswith("\n")]  # the last one may have been cut off
+        except json.JSONDecodeError as error:
+            raise ValueError(
+                f"{self.path} is damaged ({error}): mend it, or move it away to go on without it"
+            ) from None
         return [entry for entry in logged if not self._comes_again(entry)]
 
     def _comes_again(self, entry: dict[str, Any]) -> bool:

@@ -96,9 +96,11 @@ def ended_early(error: BaseException, trainer: Any, run: Path) -> int:
         if mistake or isinstance(error, SystemExit) or not first:
             raise error
     if first:
-        again = "to go on from there" if runs.newest_checkpoint(run) else "to start it again"
+        again, more = "to go on from there" if runs.checkpoints(run) else "to start it again", ""
+        if isinstance(error, Diverged):
+            again, more = "to go on without it", f" optim.skip_nonfinite={error.skipped}"
         log.info("\n%s\nat step %d; %s; %s:", what, trainer.global_step, saved_so_far(run), again)
-        log.info("  %s", resume_command(run))
+        log.info("  %s%s", resume_command(run), more)
         if isinstance(error, Interrupted) and error.signum == signal.SIGUSR1:
             requeue()
     return status if first or not isinstance(error, (Interrupted, Diverged)) else 0
@@ -122,8 +124,11 @@ def resume_command(run: Path) -> str:
 def saved_so_far(run: Path) -> str:
     from gptlab import checkpoint
 
-    if ckpt := runs.newest_checkpoint(run):
-        return f"the last checkpoint is of step {checkpoint.read(ckpt, mmap=True)['global_step']}"
+    for ckpt in runs.checkpoints(run)[:1]:
+        try:
+            return f"the last checkpoint is of step {checkpoint.read(ckpt, mmap=True)['global_step']}"
+        except ValueError as error:
+            return str(error)
     return "nothing was saved yet"
 
 

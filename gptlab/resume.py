@@ -2,10 +2,13 @@
 
 import json
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from gptlab import cli, reports, runs
+
+OF_A_STEP = ("seed", "model.", "data.", "optim.", "trainer.", "callbacks.")  # config that decides what a run computes
 
 log = logging.getLogger("gptlab")
 
@@ -20,18 +23,17 @@ def last_state(run: Path) -> tuple[Path | None, dict[str, Any]]:
     from gptlab import checkpoint
 
     problems: dict[Path, str] = {}
-    for name in ("last", "previous"):
-        path = run / f"checkpoints/{name}.ckpt"
-        if not path.is_file():
-            continue
+    for path in runs.checkpoints(run):
         try:
             saved = checkpoint.read(path)
         except ValueError as error:
             problems[path] = str(error)
             continue
-        for damaged, problem in problems.items():
-            log.warning("%s: going on from %s, of step %d", problem, path.name, saved["global_step"])
+        for damaged in problems:
             set_aside(damaged)
+        if path.name != "last.ckpt":
+            why = "\n".join(problems.values()) or "there is no last.ckpt"
+            log.warning("%s: going on from %s, of step %d", why, path.name, saved["global_step"])
         return path, saved
     if problems:
         raise ValueError("\n".join([*problems.values(), "there is nothing to go on from: start a new run"]))
@@ -47,18 +49,26 @@ def set_aside(damaged: Path) -> None:
         path.rename(path.with_name(f"{path.name}.damaged"))
 
 
+def leaves(config: Any, at: str = "") -> Iterator[tuple[str, Any]]:
+    """(key, value) of all values, with keys as on the command line."""
+    if isinstance(config, dict):
+        for key, value in config.items():
+            yield from leaves(value, f"{at}.{key}".lstrip("."))
+    else:
+        yield at, config
+
+
 def check_same_run(ckpt: Path, saved: dict[str, Any], resolved: dict[str, Any]) -> None:
     """Raises ValueError if the checkpoint is not of the run whose config this is, or cannot be gone on from."""
     if "watch" not in saved:
         raise ValueError(f"{ckpt} is of an older gptlab: it can be sampled from, but not gone on with")
-    now = runs.without_paths(resolved)
-    for group in ("model", "data", "optim"):
-        was, new = saved["config"].get(group) or {}, now[group]
-        for key in {**was, **new}:
-            if f"{group}.{key}" not in cli.RESUME_MAY_CHANGE and key != "fallback" and was.get(key) != new.get(key):
-                raise ValueError(
-                    f"{ckpt} is of another run: {group}.{key} is {was.get(key)} in it, and {new.get(key)} in config.yaml"
-                )
+    was, now = (dict(leaves(config)) for config in (saved["config"], runs.without_paths(resolved)))
+    free = (*cli.RESUME_MAY_CHANGE, "callbacks.checkpointing.every", "data.fallback")
+    for key in {**was, **now}:
+        if key.startswith(OF_A_STEP) and key not in free and was.get(key) != now.get(key):
+            raise ValueError(
+                f"{ckpt} is of another run: {key} is {was.get(key)} in it, and {now.get(key)} in config.yaml"
+            )
 
 
 def check_same_data(saved: dict[str, Any], data: Any) -> None:
@@ -91,9 +101,10 @@ def already_finished(run: Path, limits: Any, saved: dict[str, Any]) -> dict[str,
     path, step = run / "summary.json", saved["global_step"]
     if limits.max_steps < step:
         raise ValueError(f"trainer.max_steps={limits.max_steps}: the run has reached step {step} already")
-    if not path.exists():
+    try:
+        summary = json.loads(path.read_text("utf-8"))
+    except (FileNotFoundError, json.JSONDecodeError):
         return None
-    summary = json.loads(path.read_text("utf-8"))
     timer = Timer(limits.max_time)
     timer.load_state_dict(saved["callbacks"].get("Timer", {}))
     if summary["ended"] in ("early_stopping", "callback"):

@@ -19,7 +19,7 @@ class RunFolder(Callback):
         folder = Path(config.hydra.run.dir)
         try:
             runs.lock(folder)
-            if config.resume is None and (folder / "run.json").exists():
+            if config.resume is None and any((folder / name).exists() for name in ("run.json", "checkpoints")):
                 raise ValueError(
                     f"{folder} holds a run already; continue it with resume={folder}, or give another hydra.run.dir"
                 )

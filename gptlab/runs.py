@@ -1,5 +1,6 @@
 """The run folder: the only record of a run, and all that tables, samples and resumes are made from."""
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -47,8 +48,12 @@ def lock(run: Path) -> None:
         file.seek(0)
         raise ValueError(
             f"{run} is being written to by another process ({file.read().strip() or 'just started'}): wait for its end, "
-            "or give another hydra.run.dir"
+            "or end it (with kill, it saves first); a run of its own goes into another hydra.run.dir"
         ) from None
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+            raise
+        print(f"the file system of {run} has no locks: see to it yourself that no other process writes there")
     file.truncate(0)
     file.write(f"{os.getpid()} on {platform.node()}")
     file.flush()
@@ -104,9 +109,10 @@ def find_checkpoint(path: str, order: tuple[str, ...]) -> Path:
     )
 
 
-def newest_checkpoint(run: Path) -> Path | None:
-    """What a resume goes on from; None if the run was stopped before it saved anything, and starts again."""
-    return next((path for name in ("last", "previous") if (path := run / f"checkpoints/{name}.ckpt").is_file()), None)
+def checkpoints(run: Path) -> list[Path]:
+    """What a resume can go on from, in the order in which it is tried."""
+    paths = (run / f"checkpoints/{name}.ckpt" for name in ("last", "previous", "best"))
+    return [path for path in paths if path.is_file()]
 
 
 def without_paths(resolved: dict[str, Any]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import dataclasses
 import gc
 import logging
+import math
 import os
 import shutil
 import sys
@@ -154,7 +155,7 @@ def check_memory(resolved: dict[str, Any], data: Any) -> str | None:
 
     size, room = min(data.micro_batch_size or share, share), memory.capacity(device)
     memory.check_fits(estimate_of, size, room)
-    return f"{memory.in_words(estimate_of(size))}; there are {memory.human(room)}"
+    return f"{memory.in_words(estimate_of(size))} besides Python's and torch's own; there are {memory.human(room)}"
 
 
 def make_module(resolved: dict[str, Any], data: Any) -> Any:
@@ -248,7 +249,8 @@ def make_loggers(cfg: Any, run: Path, data_record: dict[str, str], saved: dict[s
     tensorboard = instantiate(cfg.logger, save_dir=str(run), purge_step=purge_step)
     for entry in metrics.kept() if due else []:
         if entry["step"] == start_step:
-            tensorboard.log_metrics({name: value for name, value in entry.items() if name != "step"}, start_step)
+            values = {name: math.nan if value is None else value for name, value in entry.items() if name != "step"}
+            tensorboard.log_metrics(values, start_step)
     return [metrics, tensorboard]
 
 
@@ -256,11 +258,14 @@ def fit(trainer: Any, module: Any, data: Any, ckpt: Path | None, run: Path) -> N
     """Train; whatever ends that early, say how to go on."""
     from tqdm.contrib.logging import logging_redirect_tqdm
 
+    from gptlab.callbacks.interrupts import Interrupts
+
     describe(trainer, module.record["config"])
     gc.freeze()
     gc.enable()
+    interrupts = next(callback for callback in trainer.callbacks if isinstance(callback, Interrupts))
     try:
-        with logging_redirect_tqdm():
+        with logging_redirect_tqdm(), interrupts.listening():
             trainer.fit(module, data, ckpt_path=ckpt, weights_only=True)
     except (Exception, SystemExit) as error:
         sys.exit(reports.ended_early(error, trainer, run))

@@ -15,7 +15,11 @@ SPIKE = 6.0  # standard deviations above the mean
 
 
 class Diverged(Exception):
-    """Training gives numbers that are not finite."""
+    """Training gives numbers that are not finite; `skipped` is how many steps would have to be left out so far."""
+
+    def __init__(self, text: str, skipped: int) -> None:
+        super().__init__(text)
+        self.skipped = skipped
 
 
 @dataclass
@@ -67,8 +71,9 @@ class Watch:
         )
         if self.skipped > self.may_skip:
             raise Diverged(
-                f"{text}. optim.skip_nonfinite={self.may_skip} is how many such steps may be left out: use a lower "
-                "optim.lr, or allow more"
+                f"the run has diverged: {text}. optim.skip_nonfinite={self.may_skip} is how many such steps may be left "
+                "out. If there are more to come, start a new run with a lower optim.lr",
+                self.skipped,
             )
         log.warning("%s (%d of at most %d such steps)", text, self.skipped, self.may_skip)
 

@@ -173,7 +173,7 @@ def whole_files(run: Path) -> int:
             json.loads(text)
     except ValueError as error:
         sys.exit(f"a broken file: {error}")
-    return saved.get(runs.newest_checkpoint(run), 0)
+    return saved.get(next(iter(runs.checkpoints(run)), None), 0)
 
 
 def draw(rng: random.Random, kills: list[int], start_ups: int, steps: int) -> list[tuple[str, int]]:

@@ -1,6 +1,7 @@
 """Checkpoints that survive a failing write, samples that disturb nothing, speed that can be checked by hand."""
 
 import fcntl
+import logging
 import os
 import pty
 import struct
@@ -20,6 +21,7 @@ from test_module import make_module, make_trainer
 
 from gptlab.callbacks import throughput
 from gptlab.callbacks.checkpointing import AtomicCheckpointIO, Checkpointing
+from gptlab.callbacks.interrupts import Interrupts
 from gptlab.callbacks.sample_text import SampleText
 from gptlab.callbacks.throughput import Throughput, peak_flops
 from gptlab.data.windows import WindowData
@@ -95,6 +97,17 @@ def test_samples_are_in_tensorboards_text_tab(tmp_path):
     assert [event.step for event in samples] == [2, 4]
     assert samples[0].tensor_proto.string_val[0].decode().startswith("    ab")
     assert [event.step for event in events.Scalars("val/loss")] == [2, 4]
+
+
+def test_a_sample_is_cut_short_where_a_cluster_would_not_wait(tmp_path, caplog):
+    class Hurry(Interrupts):
+        in_a_hurry = True
+
+    with caplog.at_level(logging.INFO):
+        callbacks = [SampleText("ab", 500, 0.0, None), Hurry()]
+        trainer = make_trainer(tmp_path, 2, callbacks=callbacks, val_check_interval=2, check_val_every_n_epoch=None)
+        trainer.fit(make_module(), datamodule=Data())
+    assert len(caplog.messages[-1].strip()) <= len("ab") + 1
 
 
 def test_throughput_and_mfu_by_hand(tmp_path, monkeypatch):

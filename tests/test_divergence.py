@@ -86,7 +86,7 @@ def test_a_loss_that_is_not_finite_never_reaches_the_weights(tmp_path, caplog, p
 def test_on_a_cpu_the_run_ends_with_the_very_step(tmp_path):
     module = poisoned()
     module.log_every = 100
-    with pytest.raises(Diverged, match=r"^step 3: the loss is nan"):
+    with pytest.raises(Diverged, match=r"diverged: step 3: the loss is nan"):
         fit(module, tmp_path, batches(6))
     assert module.trainer.global_step == 3
     expected = after([0, 1])
@@ -98,7 +98,7 @@ def test_on_a_device_it_ends_with_the_next_log(tmp_path):
     """The steps in between go on from weights that are good."""
     module = poisoned(OnDevice)
     module.log_every = 5
-    with pytest.raises(Diverged, match=r"^step 3: the loss is nan"):
+    with pytest.raises(Diverged, match=r"diverged: step 3: the loss is nan"):
         fit(module, tmp_path, batches(6))
     assert module.trainer.global_step == 5
     expected = after([0, 1, 3, 4])
@@ -121,13 +121,13 @@ def test_a_diverged_run_names_the_batch_and_how_to_go_on(gptlab, tmp_path):
     blown = ["optim.lr=1e30", "optim.warmup_steps=0", "optim.grad_clip=0", "trainer.checkpoint_every=1"]
     arguments = [*TINY, *blown, "trainer.val_every=100", "+callbacks.record._target_=record.Record"]
     said = gptlab("train", *arguments, "hydra.run.dir=run", status=1, PYTHONPATH=str(tmp_path)).stdout
-    assert "ERROR: step 2: the loss is nan" in said and "data.train_steps(0, 1)[1]" in said
+    assert "ERROR: the run has diverged: step 2: the loss is nan" in said and "data.train_steps(0, 1)[1]" in said
     assert "at step 2; the last checkpoint is of step 1" in said and "resume=run" in said and "Traceback" not in said
     assert not (tmp_path / "run/summary.json").exists()
     data = make_data(OmegaConf.load(tmp_path / "run/config.yaml"), resuming=True)
     assert torch.equal(data.train_steps(0, 1)[1], torch.load(tmp_path / "batch.pt", weights_only=True))
     again = gptlab("train", "resume=run", status=1, PYTHONPATH=str(tmp_path)).stdout
-    assert "ERROR: step 2: the loss is nan" in again
+    assert "diverged: step 2: the loss is nan" in again
 
 
 def test_a_sweep_goes_on_after_a_job_that_diverged(gptlab, tmp_path):
@@ -159,6 +159,11 @@ def test_all_processes_leave_out_what_is_not_finite_in_one(gptlab, tmp_path, all
     assert all(torch.isfinite(w).all() for w in weights(tmp_path / "run").values())
     step = torch.load(tmp_path / "run/checkpoints/last.ckpt", weights_only=True)["global_step"]
     assert step == (4 if allowed else 2)
+    if not allowed:
+        command = "resume=run optim.skip_nonfinite=1"
+        assert f"to go on without it:\n  python -m gptlab.train {command}\n" in done.stdout
+        gptlab("train", *command.split(), PYTHONPATH=str(tmp_path))
+        assert json.loads((tmp_path / "run/summary.json").read_text())["steps"] == 4
 
 
 def test_clipping_that_never_acts_is_said_at_the_end(gptlab):

@@ -93,6 +93,19 @@ def test_when_both_are_damaged_nothing_is_touched(gptlab, stopped):
     assert all(path.read_bytes() == content or path.name in (".lock", "train.log") for path, content in before.items())
 
 
+def test_without_the_last_checkpoints_the_best_one_is_gone_on_from(gptlab, finished, stopped):
+    """It holds all that the others do; here it is that of step 8."""
+    saved = stopped / "checkpoints"
+    shutil.copy(finished / "checkpoints/previous.ckpt", saved / "best.ckpt.new")
+    (saved / "best.ckpt.new").rename(saved / "best.ckpt")
+    cut(saved / "previous.ckpt")
+    (saved / "last.ckpt").unlink()
+    said = gptlab("train", "resume=run").stdout
+    assert "previous.ckpt is not a checkpoint" in said and "going on from best.ckpt, of step 9" in said
+    assert_same_end(stopped, finished)
+    assert not list(saved.glob("*.tmp"))
+
+
 def test_a_full_disk_leaves_the_checkpoints_there_were(gptlab, tmp_path, finished):
     """At step 9, whose checkpoint is half written: last.ckpt is that of step 8 still, and previous.ckpt that of 6."""
     (tmp_path / "full.py").write_text(FULL)
@@ -132,6 +145,8 @@ def other_run(gptlab, tmp_path, *changes: str) -> Path:
     [
         (["model.n_layer=2"], "model.n_layer is 2 in it, and 3 in config.yaml"),
         (["optim.lr=0.5"], "optim.lr is 0.5 in it, and 0.001 in config.yaml"),
+        (["seed=5"], "seed is 5 in it, and 1337 in config.yaml"),
+        (["callbacks=ema"], "callbacks.ema._target_ is gptlab.callbacks.ema.EMA in it, and None in config.yaml"),
         (["data=text", "data.path=a.txt", "data.block_size=64", "data.batch_size=12"], "is of another run: data."),
     ],
 )

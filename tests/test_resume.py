@@ -370,6 +370,21 @@ def test_a_sweep_that_is_stopped_lets_its_job_save(tmp_path):
     assert not (tmp_path / "sweep/1").exists()
 
 
+def test_a_closed_pipe_is_no_reason_to_lose_anything(tmp_path):
+    """With `2>&1 | tee log`, Ctrl-C ends tee first."""
+    log = subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
+    command = [sys.executable, "-m", "gptlab.train", *SMALL, "trainer.max_steps=4000", "trainer.val_every=3000"]
+    run = subprocess.Popen(command, cwd=tmp_path, stdout=log.stdin, stderr=log.stdin)
+    log.stdin.close()
+    wait_for(lambda: (tmp_path / "run/checkpoints/last.ckpt").exists())
+    log.kill()
+    log.wait()
+    run.send_signal(signal.SIGINT)
+    assert run.wait(60) == 130
+    step = torch.load(tmp_path / "run/checkpoints/last.ckpt", weights_only=True)["global_step"]
+    assert f"the last checkpoint is of step {step}" in (tmp_path / "run/train.log").read_text()
+
+
 def test_a_second_ctrl_c_ends_at_once(tmp_path):
     """In the middle of a step that does not end."""
     (tmp_path / "endless.py").write_text(
@@ -384,7 +399,7 @@ def test_a_second_ctrl_c_ends_at_once(tmp_path):
     wait_for(lambda: (tmp_path / "there").exists())
     process.send_signal(signal.SIGINT)
     with pytest.raises(subprocess.TimeoutExpired):
-        process.wait(1)
+        process.wait(1.5)
     process.send_signal(signal.SIGINT)
     said, errors = process.communicate(timeout=60)
     assert process.returncode == 130 and errors == ""
@@ -443,3 +458,37 @@ def test_a_closed_terminal_is_no_reason_to_lose_anything(gptlab, tmp_path, whole
     assert "stopped by SIGHUP\nat step 5; the last checkpoint is of step 5" in (tmp_path / "run/train.log").read_text()
     resume(gptlab, tmp_path)
     assert_same_end(tmp_path / "run", whole())
+
+
+def test_damaged_records_are_named_or_done_without(gptlab, tmp_path):
+    """metrics.jsonl is what the run has to show: it is not thrown away unasked. summary.json is made again."""
+    gptlab("train", *TINY, "hydra.run.dir=run")
+    run = tmp_path / "run"
+    summary = json.loads((run / "summary.json").read_text())
+    (run / "summary.json").write_text('{"status": "fin')
+    gptlab("train", "resume=run")
+    assert json.loads((run / "summary.json").read_text())["best"] == summary["best"]
+    lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (run / "metrics.jsonl").write_text("".join([lines[0], "garbage\n", *lines[1:]]))
+    stderr = gptlab("train", "resume=run", "trainer.max_steps=6", status=2).stderr
+    assert "metrics.jsonl is damaged" in stderr and "Traceback" not in stderr
+
+
+def test_a_step_that_was_left_out_is_no_obstacle(gptlab, tmp_path, stopped):
+    """Its loss is null in metrics.jsonl; stopped in its validation, TensorBoard is given that again."""
+    (tmp_path / "poison.py").write_text(
+        "import lightning as L\n"
+        "class Poison(L.Callback):\n"
+        "    def on_train_batch_start(self, trainer, module, batch, batch_idx):\n"
+        "        if trainer.global_step == 7:\n"
+        "            self.hook = module.model.register_forward_hook(lambda model, ids, logits: logits * float('nan'))\n"
+        "    def on_train_batch_end(self, trainer, module, *rest):\n"
+        "        if trainer.global_step == 8:\n"
+        "            self.hook.remove()\n"
+    )
+    poison = ["+callbacks.poison._target_=poison.Poison", "optim.skip_nonfinite=1", "trainer.log_every=1"]
+    stopped(*poison, *send(8, signal.SIGTERM, "validation"), status=143)
+    resume(gptlab, tmp_path)
+    events = EventAccumulator(str(tmp_path / "run/tensorboard")).Reload()
+    assert [event.step for event in events.Scalars("train/loss")] == list(range(1, 12))
+    assert [line["step"] for line in metrics(tmp_path / "run") if line.get("train/loss", 0) is None] == [8]

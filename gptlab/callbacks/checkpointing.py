@@ -101,3 +101,4 @@ class Checkpointing(Checkpoint):
         except OSError:  # a file system without hard links
             shutil.copyfile(source, temporary)
         os.replace(temporary, target)
+        temporary.unlink(missing_ok=True)  # still there if both were names of one file already

@@ -1,10 +1,12 @@
 """SIGTERM, Ctrl-C, a closed terminal and a cluster's requeue signal: finish the step, save, and end."""
 
+import contextlib
 import math
 import os
 import signal
 import sys
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import lightning as L
@@ -15,8 +17,8 @@ from torch import distributed as dist
 
 from gptlab.callbacks.checkpointing import Checkpointing, validation_is_due
 
-ASKED = b"\nstopping after this step; once more stops at once\n"
 HURRY = 10.0  # seconds after a signal; a cluster kills after 30
+BOUNCE = 1.0  # seconds within which a second Ctrl-C is not meant
 
 
 class Interrupted(Exception):
@@ -48,19 +50,23 @@ class Interrupts(Checkpoint):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._validation_due_at = state["validation_due_at"]
 
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        connector = trainer._signal_connector
-        connector.register_signal_handlers = lambda: self._listen(connector)  # in place of Lightning's own handlers
-
-    def _listen(self, connector: Any) -> None:
+    @contextlib.contextmanager
+    def listening(self) -> Iterator[None]:
+        """From before other processes are started until they have ended."""
         signals = [signal.SIGTERM, signal.SIGINT]
         if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup has it
             signals.append(signal.SIGHUP)
         if "SLURM_JOB_ID" in os.environ:
             signals.append(signal.SIGUSR1)
-        connector._original_handlers = {signum: signal.getsignal(signum) for signum in signals}  # it puts them back
-        for signum in signals:
-            signal.signal(signum, self._asked_to_stop)
+        before = {signum: signal.signal(signum, self._asked_to_stop) for signum in signals}
+        try:
+            yield
+        finally:
+            for signum, handler in before.items():
+                signal.signal(signum, handler)
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        trainer._signal_connector.register_signal_handlers = lambda: None  # ours stay
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # it waits for the device at each step
@@ -83,14 +89,16 @@ class Interrupts(Checkpoint):
         trainer.training = True
 
     def _asked_to_stop(self, signum: int, frame: Any) -> None:
-        self._signum, self._asked_at = signum, time.monotonic()
-        default = signal.default_int_handler if signum == signal.SIGINT else signal.SIG_DFL
-        signal.signal(signum, default)
+        if signum == self._signum == signal.SIGINT and time.monotonic() - self._asked_at > BOUNCE:
+            raise KeyboardInterrupt
+        self._signum, self._asked_at = signum, min(self._asked_at, time.monotonic())
         if signum == signal.SIGHUP:  # the terminal is gone: what writes to it would fail
             for stream in (1, 2):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
-        elif os.environ.get("LOCAL_RANK", "0") == "0":
-            os.write(1, ASKED)  # logging is not safe in a signal handler
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            again = b"; once more stops at once" if signum == signal.SIGINT else b""
+            with contextlib.suppress(OSError):  # Ctrl-C has ended the `tee` that this goes to
+                os.write(1, b"\nstopping after this step" + again + b"\n")  # logging is not safe in a signal handler
 
     @property
     def in_a_hurry(self) -> bool:

@@ -55,6 +55,7 @@ class SampleText(L.Callback):
             ):
                 new.append(int(next_id))
                 if any(isinstance(callback, Interrupts) and callback.in_a_hurry for callback in trainer.callbacks):
+                    log.info("the sample is cut short: the run was asked to stop")
                     break
         text = trainer.datamodule.tokenizer.decode([*self._ids.tolist(), *new])
         lines = [f"    {line}" for line in text.strip("\n").split("\n")]  # indented: Markdown leaves such text as it is
