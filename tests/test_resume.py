@@ -492,3 +492,17 @@ def test_a_step_that_was_left_out_is_no_obstacle(gptlab, tmp_path, stopped):
     events = EventAccumulator(str(tmp_path / "run/tensorboard")).Reload()
     assert [event.step for event in events.Scalars("train/loss")] == list(range(1, 12))
     assert [line["step"] for line in metrics(tmp_path / "run") if line.get("train/loss", 0) is None] == [8]
+
+
+def test_a_resume_does_not_ask_conf(gptlab, tmp_path):
+    """Whatever the files say today, or whether they are there: config.yaml in the run folder is what counts."""
+    mine = tmp_path / "conf/optim/mine.yaml"
+    mine.parent.mkdir(parents=True)
+    mine.write_text("defaults: [adamw, _self_]\nlr: 0.002\n")
+    gptlab("train", "--config-dir", "conf", "optim=mine", *TINY, "hydra.run.dir=run")
+    mine.write_text("lr: 7\n")
+    gptlab("train", "resume=run", "trainer.max_steps=6")
+    shutil.rmtree(tmp_path / "conf")
+    gptlab("train", "resume=run", "trainer.max_steps=8")
+    assert yaml.safe_load((tmp_path / "run/config.yaml").read_text())["optim"]["lr"] == 0.002
+    assert all(line["train/lr"] <= 0.002 for line in metrics(tmp_path / "run") if "train/lr" in line)
