@@ -227,6 +227,8 @@ def _quote(text: str) -> str:
 
 def _resume(run: str, flags: list[str], given: dict[str, str]) -> tuple[list[str], list[str]]:
     """Compose from the run folder's resolved config instead of conf/, into that folder."""
+    import yaml
+
     if {"-m", "--multirun"} & set(flags):
         raise ValueError("resume goes on with one run; it cannot be combined with a sweep (-m)")
     if refused := [key for key in given if key not in RESUME_MAY_CHANGE]:
@@ -240,7 +242,13 @@ def _resume(run: str, flags: list[str], given: dict[str, str]) -> tuple[list[str
     if "optim.decay_steps" in given and "trainer.max_steps" not in given:
         raise ValueError("optim.decay_steps changes the schedule of a longer run: it goes with trainer.max_steps")
     folder = runs.find_run(run).resolve()
-    if "trainer.checkpoint_every" in given:  # what it set when the run began is a number of its own now
+    try:
+        saved = yaml.safe_load((folder / "config.yaml").read_text("utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError):
+        saved = None
+    if not isinstance(saved, dict):
+        raise ValueError(f"{folder / 'config.yaml'} is damaged: put it back (a checkpoint has the same under 'config')")
+    if "trainer.checkpoint_every" in given and "checkpointing" in (saved.get("callbacks") or {}):  # a number by now
         given["callbacks.checkpointing.every"] = given["trainer.checkpoint_every"]
     flags = [*flags, "--config-path", str(folder), "--config-name", "config", "--config-dir", str(config.CONF)]
     overrides = [f"{'++' * key.startswith(('data.', 'callbacks.'))}{key}={value}" for key, value in given.items()]
@@ -280,7 +288,7 @@ def _detect_hardware() -> str:
 def _wait_for(process: subprocess.Popen) -> int:
     """The exit status of a job in a session of its own, which gets each signal once, from here: time to save, which
     Python's own way of waiting would not give it, and no second Ctrl-C that it would take for impatience."""
-    forwarded = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    forwarded = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
     if threading.current_thread() is not threading.main_thread():
         return process.wait()
     before = {signum: signal.signal(signum, lambda number, _: process.send_signal(number)) for signum in forwarded}

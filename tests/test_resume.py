@@ -259,6 +259,12 @@ def test_how_often_it_is_saved_may_change(gptlab, tmp_path):
     assert [line["step"] for line in metrics(tmp_path / "run") if "train/loss" in line] == [1, 2, 3, 4, 6]
 
 
+def test_how_often_without_checkpoints_means_nothing(gptlab, tmp_path):
+    """There is no such callback, and there must not be half of one."""
+    gptlab("train", *TINY[:-1], "~callbacks", "hydra.run.dir=run")
+    gptlab("train", "resume=run", "trainer.checkpoint_every=5")
+
+
 def test_a_longer_schedule_only_if_asked(gptlab, tmp_path):
     gptlab("train", *TINY, "hydra.run.dir=run")
     refused = gptlab("train", "resume=run", "optim.decay_steps=40", status=2).stderr
@@ -462,6 +468,10 @@ def test_a_closed_terminal_is_no_reason_to_lose_anything(gptlab, tmp_path, whole
 
 def test_damaged_records_are_named_or_done_without(gptlab, tmp_path):
     """metrics.jsonl is what the run has to show: it is not thrown away unasked. summary.json is made again."""
+    (tmp_path / "empty").mkdir()
+    for content in ("a: [1", "null", "\x00"):
+        (tmp_path / "empty/config.yaml").write_text(content)
+        assert "config.yaml is damaged" in gptlab("train", "resume=empty", status=2).stderr
     gptlab("train", *TINY, "hydra.run.dir=run")
     run = tmp_path / "run"
     summary = json.loads((run / "summary.json").read_text())
