@@ -61,6 +61,7 @@ class GPTModule(L.LightningModule):
         self.asked_micro_batch_size = self.micro_batch_size = micro_batch_size
         self.val_micro_batch_size: int | None = None  # None: as the batches come
         self.log_every = log_every
+        self.looks_at_logs = False  # alone, for what is not finite: on a GPU, where no step is to wait for the host
         self.register_buffer("token_bytes", torch.from_numpy(token_bytes), persistent=False)
         # Of each step since the last log, on the device: this process's part of the loss (times the number of
         # processes) and the gradient norm. The mean over the processes is what is logged, and what a checkpoint keeps.
@@ -75,7 +76,7 @@ class GPTModule(L.LightningModule):
     def configure_optimizers(self) -> torch.optim.Optimizer:
         c = self.optim_config
         fused = self.device.type in ("cpu", "cuda") and self.trainer.precision != "16-mixed"
-        self.looks_at_logs = self.device.type == "cuda"  # alone: no step waits for what the device computes
+        self.looks_at_logs = self.device.type == "cuda"
         return optim.adamw(self.model, lr=c["lr"], betas=tuple(c["betas"]), weight_decay=c["weight_decay"], fused=fused)
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:

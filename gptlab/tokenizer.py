@@ -182,7 +182,7 @@ def from_state(state: dict[str, Any]) -> CharTokenizer | BPETokenizer:
         raise ValueError(f"a tokenizer's state must be a mapping, not {type(state).__name__}")
     kind = state.get("type")
     if not isinstance(kind, str):  # shown, it might have no end
-        kind = type(kind)
+        raise ValueError(f"a tokenizer's type must be a text, not {type(kind).__name__}")
     if kind == "char":
         return CharTokenizer(state.get("chars"))
     if kind != "bpe":

@@ -69,20 +69,34 @@ def assert_same_end(run: Path, whole: Path) -> None:
     assert summaries[0] == summaries[1]
 
 
+@pytest.fixture(scope="session")
+def warm():
+    server = subprocess.Popen(
+        [sys.executable, Path(__file__).with_name("warm.py")], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    yield server
+    server.stdin.close()
+    server.wait()
+
+
 @pytest.fixture
-def gptlab(tmp_path, monkeypatch):
+def gptlab(warm, tmp_path, tmp_path_factory, monkeypatch):
     """Run `python -m gptlab.<entry> arguments` in an empty folder, as a user would; returns the finished process."""
     monkeypatch.setenv("GPTLAB_DATA", str(tmp_path / "data"))
+    output = tmp_path_factory.mktemp("output")
 
     def run(entry: str, *arguments: str, status: int = 0, cwd: Path = tmp_path, **environment: str):
         if "PYTHONPATH" in environment and "PYTHONPATH" in os.environ:  # a copy that is under test stays it
             environment["PYTHONPATH"] += os.pathsep + os.environ["PYTHONPATH"]
-        command = [sys.executable, "-m", f"gptlab.{entry}", *arguments]
-        done = subprocess.run(
-            command, cwd=cwd, capture_output=True, text=True, timeout=300, env=os.environ | environment
-        )
-        assert done.returncode == status, f"status {done.returncode}\n{done.stdout}\n{done.stderr}"
-        return done
+        request = {"module": f"gptlab.{entry}", "arguments": arguments, "cwd": str(cwd),
+                   "environment": os.environ | environment,
+                   "stdout": str(output / "stdout"), "stderr": str(output / "stderr")}  # fmt: skip
+        warm.stdin.write(json.dumps(request) + "\n")
+        warm.stdin.flush()
+        returned = int(warm.stdout.readline())
+        said, errors = ((output / name).read_text("utf-8", errors="replace") for name in ("stdout", "stderr"))
+        assert returned == status, f"status {returned}\n{said}\n{errors}"
+        return subprocess.CompletedProcess(arguments, returned, said, errors)
 
     return run
 

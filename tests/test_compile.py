@@ -36,7 +36,16 @@ def test_compiling_renames_no_parameter():
     def made(compiled: bool):
         data = SimpleNamespace(tokenizer=CharTokenizer("ab"), block_size=8, micro_batch_size=None, record={})
         model = OmegaConf.to_container(OmegaConf.structured(GPTConfig(**SMALLEST, compile=compiled)))
-        return make_module({"seed": 1, "model": model, "data": {}, "optim": {}, "trainer": {"log_every": 1}}, data)
+        return make_module(
+            {
+                "seed": 1,
+                "model": model,
+                "data": {},
+                "optim": {"grad_clip": 0, "skip_nonfinite": 0},
+                "trainer": {"log_every": 1},
+            },
+            data,
+        )
 
     plain, compiled = made(False), made(True)
     assert list(compiled.state_dict()) == list(plain.state_dict())

@@ -96,7 +96,7 @@ def measured(case, **environment) -> int:
 @pytest.mark.parametrize(
     "name",
     [
-        name if name in ("plain", "dropout", "bf16", "checkpointing") else pytest.param(name, marks=pytest.mark.slow)
+        name if name in ("dropout", "checkpointing") else pytest.param(name, marks=pytest.mark.slow)
         for name in CASES
         if name != "large tensors"
     ],

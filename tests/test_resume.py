@@ -92,7 +92,7 @@ def whole(tmp_path_factory):
     [
         (5, []),  # goes on from 4: a validation, after which it was saved
         (8, ["data.workers=2"]),  # goes on from 6: a save between two logs and two validations; 8 was never validated
-        (11, []),  # every step done, the last validation not
+        pytest.param(11, [], marks=pytest.mark.slow),  # every step done, the last validation not
         (7, ["trainer.devices=2"]),
     ],
 )
@@ -115,10 +115,10 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(gptlab, tmp_path, whole
     [
         (signal.SIGTERM, 143, 5, "in"),
         (signal.SIGINT, 130, 5, "in"),
-        (signal.SIGTERM, 143, 8, "in"),  # before a validation
+        pytest.param(signal.SIGTERM, 143, 8, "in", marks=pytest.mark.slow),  # before a validation
         (signal.SIGTERM, 143, 8, "validation"),  # in the middle of one
         (signal.SIGINT, 130, 11, "in"),  # the last step: nothing but its validation is left
-        (signal.SIGTERM, 143, 11, "validation"),
+        pytest.param(signal.SIGTERM, 143, 11, "validation", marks=pytest.mark.slow),
     ],
 )
 def test_a_stopped_run_saves_and_goes_on(gptlab, tmp_path, whole, stopped, signum, status, step, when):
@@ -159,7 +159,7 @@ def test_a_signal_before_the_first_step_ends_the_run_too(gptlab, tmp_path, whole
     assert_same_end(tmp_path / "run", whole())
 
 
-@pytest.mark.parametrize(("step", "when"), [(5, "in"), (8, "validation")])
+@pytest.mark.parametrize(("step", "when"), [pytest.param(5, "in", marks=pytest.mark.slow), (8, "validation")])
 def test_processes_that_are_apart_stop_together(gptlab, tmp_path, whole, stopped, step, when):
     """Only the second process gets the signal, and the first is two seconds late: both stop after the same step, and
     the checkpoint is good. (Lightning's own handler deadlocks here.)"""

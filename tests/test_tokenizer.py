@@ -299,8 +299,8 @@ def test_the_smallest_bpe_state():
     [
         (None, "must be a mapping, not NoneType"),
         ([], r"must be a mapping, not list"),
-        ({}, "unknown tokenizer None"),
-        ({"type": ["bpe"]}, r"unknown tokenizer \['bpe'\]"),
+        ({}, "a tokenizer.s type must be a text, not NoneType"),
+        ({"type": ["bpe"]}, "a tokenizer.s type must be a text, not list"),
         ({"type": "BPE"}, "unknown tokenizer 'BPE'; known: char, bpe"),
         ({"type": "char"}, "must be a string of at least one character, none twice"),
         ({"type": "char", "chars": ""}, "at least one character"),
