@@ -88,7 +88,7 @@ def gptlab(warm, tmp_path, tmp_path_factory, monkeypatch):
     def run(entry: str, *arguments: str, status: int = 0, cwd: Path = tmp_path, **environment: str):
         if "PYTHONPATH" in environment and "PYTHONPATH" in os.environ:  # a copy that is under test stays it
             environment["PYTHONPATH"] += os.pathsep + os.environ["PYTHONPATH"]
-        request = {"module": f"gptlab.{entry}", "arguments": arguments, "cwd": str(cwd),
+        request = {"module": f"gptlab.{entry}", "arguments": [*map(os.fsdecode, arguments)], "cwd": str(cwd),
                    "environment": os.environ | environment,
                    "stdout": str(output / "stdout"), "stderr": str(output / "stderr")}  # fmt: skip
         warm.stdin.write(json.dumps(request) + "\n")
