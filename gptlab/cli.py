@@ -141,16 +141,16 @@ def _prepare(argv: list[str], entry: str) -> list[str]:
             hardware_note = f"hardware={given['hardware']}, as given"
         if sweep:
             print(hardware_note)
-        if rank() > 0:  # composed here, the folder's name would come from this process's own clock
+        if not is_first_process():  # composed here, the folder's name would come from this process's own clock
             overrides += ["hydra.output_subdir=null", f"hydra.run.dir={_quote(tempfile.mkdtemp())}"]
-    if rank() > 0:
+    if not is_first_process():
         overrides.append("hydra/job_logging=none")  # the first process speaks for all
     return flags + overrides
 
 
-def rank() -> int:
-    """Of this process among those that torchrun or srun started; 0 for one that starts its own."""
-    return int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0)
+def is_first_process() -> bool:
+    """Among those of one run that torchrun, srun or Lightning started; the only one that writes into the run folder."""
+    return all(os.environ.get(rank, "0") == "0" for rank in ("RANK", "SLURM_PROCID", "LOCAL_RANK"))
 
 
 def _split(argv: list[str]) -> tuple[list[str], list[str]]:

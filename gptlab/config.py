@@ -358,7 +358,8 @@ def check(cfg: Any) -> None:
     """
     model = {key: value for key, value in cfg.model.items() if key not in ("_target_", "compile")}
     of_model = model_problems(**model) if cfg.model.get("_target_") == GPTConfig._target_ else []
-    found = (_target_problems(cfg), of_model, value_problems(cfg), _cross_problems(cfg), _data_problems(cfg.data))
+    across = (_cross_problems(cfg), _optim_problems(cfg), _data_problems(cfg.data))
+    found = (_target_problems(cfg), of_model, value_problems(cfg), *across)
     if problems := [problem for problems in found for problem in problems]:
         raise ValueError("\n".join(problems))
 
@@ -423,7 +424,7 @@ def _cross_problems(cfg: Any) -> Iterator[str]:
     """Values that do not go together, and those that are more than a number in a range."""
     from omegaconf import DictConfig, OmegaConf
 
-    trainer, optim = cfg.trainer, cfg.optim
+    trainer = cfg.trainer
     if trainer.precision == "fp16" and trainer.accelerator == "cpu":
         yield "trainer.precision=fp16: it must be 32 or bf16 on a CPU; fp16 needs hardware=gpu"
     time = trainer.max_time
@@ -460,6 +461,11 @@ def _cross_problems(cfg: Any) -> Iterator[str]:
             f"callbacks.early_stopping.monitor={monitor}: it must be one of {', '.join(VALIDATED)} here: only "
             "problems, as of data=addition or data=sort, have right answers, and callbacks.exact_match counts them"
         )
+
+
+def _optim_problems(cfg: Any) -> Iterator[str]:
+    """What is wrong with the optimizer's numbers, and with the ends of its schedule."""
+    trainer, optim = cfg.trainer, cfg.optim
     if not 0 < optim.lr < math.inf:
         yield f"optim.lr={optim.lr}: it must be above 0 and finite"
     elif optim.schedule == "cosine" and optim.min_lr > optim.lr:

@@ -27,6 +27,8 @@ HEAP_WASTE = 0.45  # of what comes and goes with each step; measured 0.3 to 0.9
 MAPPED = 32 * 2**20  # bytes from which glibc gives a tensor a mapping of its own (DEFAULT_MMAP_THRESHOLD_MAX)
 CGROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))  # v2, v1
 
+LESS_MEMORY = "use a smaller model or data.block_size, model.activation_checkpointing=true, or trainer.precision=bf16 (in a new run)"
+
 Tensors = list[tuple[int, int]]  # how many, bytes of each
 
 
@@ -344,3 +346,9 @@ def human(size: float) -> str:
             return f"{size:.{0 if size >= 100 else 1}f} {unit}"
         size /= 1024
     return f"{size:.1f} TiB"
+
+
+def out_of_memory(error: RuntimeError) -> bool:
+    """CPUs and Apple's GPUs have no class of their own for it."""
+    texts = ("can't allocate memory", "not enough memory", "out of memory")
+    return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in texts)

@@ -18,13 +18,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gptlab import optim
+from gptlab.data.windows import Batch, ids_and_mask
+from gptlab.memory import LESS_MEMORY, out_of_memory
 from gptlab.metrics import TokenMetrics
 from gptlab.watch import OVERFLOW, Watch
 
 log = logging.getLogger(__name__)
-
-Batch = Tensor | tuple[Tensor, Tensor]
-LESS_MEMORY = "use a smaller model or data.block_size, model.activation_checkpointing=true, or trainer.precision=bf16 (in a new run)"
 
 
 class GPTModule(L.LightningModule):
@@ -259,34 +258,3 @@ class GPTModule(L.LightningModule):
         sizes = checkpoint["micro_batch_size"]
         if sizes["asked"] == self.asked_micro_batch_size:  # else the user asks for another now
             self.micro_batch_size, self.val_micro_batch_size = sizes["training"], sizes["validation"]
-
-
-def ids_and_mask(batch: Batch) -> tuple[Tensor, Tensor | None]:
-    """The two parts of a batch.
-
-    Raises:
-        ValueError: something else than WindowData's docstring asks for, such as pairs of inputs and targets.
-    """
-    ids, mask = batch if isinstance(batch, (tuple, list)) and len(batch) == 2 else (batch, None)
-    if isinstance(mask, Tensor) and mask.dtype != torch.bool:
-        raise ValueError(
-            "the data set yields pairs, such as inputs and targets: gptlab takes ids (b, T + 1) alone, or with a mask "
-            "of type bool, and shifts the targets by one itself, so that they cannot be shifted wrongly"
-        )
-    if (
-        not isinstance(ids, Tensor)
-        or ids.dim() != 2
-        or ids.shape[1] < 2
-        or (mask is not None and mask.shape != ids.shape)
-    ):
-        shapes = ", ".join(
-            str(tuple(part.shape)) if isinstance(part, Tensor) else type(part).__name__ for part in (ids, mask)
-        )
-        raise ValueError(f"a batch must be ids (b, T + 1), or ids and a mask of the same shape, not {shapes}")
-    return ids, mask
-
-
-def out_of_memory(error: RuntimeError) -> bool:
-    """CPUs and Apple's GPUs have no class of their own for it."""
-    texts = ("can't allocate memory", "not enough memory", "out of memory")
-    return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in texts)

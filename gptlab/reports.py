@@ -14,9 +14,7 @@ from gptlab import cli, mistakes, runs
 log = logging.getLogger("gptlab")
 
 
-def announce(
-    run: Path, data: Any, module: Any, trainer: Any, memory: str | None, resuming: bool, start_step: int
-) -> None:
+def announce(run: Path, data: Any, module: Any, trainer: Any, memory: str | None, resumed_at: int | None) -> None:
     if data.warning:
         log.warning("\n*** WARNING: %s ***\n", data.warning)
     parameters = sum(p.numel() for p in module.model.parameters())
@@ -30,8 +28,8 @@ def announce(
     tokens = f"{data.batch_size * data.block_size:,}"
     log.info("tokens per optimizer step: %s (%d sequences x %d tokens)", tokens, data.batch_size, data.block_size)
     log.info("run folder: %s", shown(run))
-    if resuming:
-        log.info("going on at step %d: %s", start_step, saved_so_far(run))
+    if resumed_at is not None:
+        log.info("going on at step %d%s", resumed_at, "" if resumed_at else ": nothing was saved yet")
 
 
 def device_name(trainer: Any) -> str:
@@ -78,7 +76,7 @@ def ended_early(error: BaseException, trainer: Any, run: Path) -> int:
         BaseException: the error itself, if it is a user's mistake, which is shown elsewhere, or another process's.
     """
     from gptlab.callbacks.interrupts import Interrupted
-    from gptlab.module import LESS_MEMORY, out_of_memory
+    from gptlab.memory import LESS_MEMORY, out_of_memory
     from gptlab.watch import Diverged
 
     first = trainer.is_global_zero

@@ -8,14 +8,16 @@ from typing import Any
 
 from gptlab import cli, reports, runs
 
+PLAIN = ("global_step", "config", "tokenizer", "data", "callbacks", "watch")  # of what is in a checkpoint
 OF_A_STEP = ("seed", "model.", "data.", "optim.", "trainer.", "callbacks.")  # config that decides what a run computes
 
 log = logging.getLogger("gptlab")
 
 
 def last_state(run: Path) -> tuple[Path | None, dict[str, Any]]:
-    """The checkpoint that a resume goes on from, and what is in it; (None, {}) if the run was stopped before it saved
-    anything, and starts again. What turns out to be damaged is set aside under another name.
+    """The checkpoint that a resume goes on from, and what is in it but for its tensors, which would stay in memory beside
+    those of the run; (None, {}) if the run was stopped before it saved anything, and starts again. What turns out to be
+    damaged is set aside under another name.
 
     Raises:
         ValueError: there are checkpoints, and none of them can be read.
@@ -34,7 +36,7 @@ def last_state(run: Path) -> tuple[Path | None, dict[str, Any]]:
         if path.name != "last.ckpt":
             why = "\n".join(problems.values()) or "there is no last.ckpt"
             log.warning("%s: going on from %s, of step %d", why, path.name, saved["global_step"])
-        return path, saved
+        return path, {key: saved[key] for key in PLAIN if key in saved}
     if problems:
         raise ValueError("\n".join([*problems.values(), "there is nothing to go on from: start a new run"]))
     return None, {}
@@ -42,7 +44,7 @@ def last_state(run: Path) -> tuple[Path | None, dict[str, Any]]:
 
 def set_aside(damaged: Path) -> None:
     """Under another name, and with it the best checkpoint if that is the same file."""
-    if cli.rank() > 0:
+    if not cli.is_first_process():
         return
     best = damaged.with_name("best.ckpt")
     for path in [best, damaged] if best.exists() and best.samefile(damaged) else [damaged]:

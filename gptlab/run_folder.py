@@ -1,6 +1,5 @@
 """A callback of Hydra's: two processes never write into one run folder."""
 
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ class RunFolder(Callback):
     """Takes the run folder for this process before Hydra writes anything into it."""
 
     def on_run_start(self, config: Any, **_: Any) -> None:
-        if cli.rank() > 0 or os.environ.get("LOCAL_RANK", "0") != "0":
+        if not cli.is_first_process():
             return
         folder = Path(config.hydra.run.dir)
         try:

@@ -46,7 +46,7 @@ def train(cfg: Any) -> float | None:
     if trainer.is_global_zero:
         device = reports.device_name(trainer)
         runs.record(run, resolved, data.record, tokenizer, device, resumed_at=start_step if resuming else None)
-        reports.announce(run, data, module, trainer, memory, resuming, start_step)
+        reports.announce(run, data, module, trainer, memory, start_step if resuming else None)
     fit(trainer, module, data, ckpt, run)
     summary = reports.summarise(run, trainer, module, data, seconds=time.perf_counter() - started)
     if trainer.is_global_zero:
@@ -143,9 +143,8 @@ def check_memory(resolved: dict[str, Any], data: Any) -> str | None:
         return None
     device = torch.device("cpu") if t["accelerator"] == "cpu" else torch.accelerator.current_accelerator()
     share = -(-data.batch_size // (t["devices"] * t["num_nodes"]))
-    averaged = any(
-        "EMA" in str((callback or {}).get("_target_")) for callback in (resolved["callbacks"] or {}).values()
-    )
+    targets = [callback["_target_"] for callback in (resolved["callbacks"] or {}).values() if callback is not None]
+    averaged = config.EMAConfig._target_ in targets
 
     def estimate_of(micro_batch_size: int) -> memory.Estimate:
         sizes = (data.tokenizer.vocab_size, data.block_size, micro_batch_size)
@@ -238,7 +237,7 @@ def make_loggers(cfg: Any, run: Path, data_record: dict[str, str], saved: dict[s
     from gptlab.metrics_file import MetricsFile
 
     start_step = saved.get("global_step", 0)
-    due = bool(start_step) and saved["callbacks"].get("Interrupts", {}).get("validation_due_at") == start_step
+    due = saved != {} and saved["callbacks"]["Interrupts"]["validation_due_at"] is not None
     metrics = MetricsFile(run / "metrics.jsonl", start_step, data_record, validation_due=due)
     if cfg.logger is None:
         return [metrics]

@@ -128,4 +128,5 @@ class Watch:
 
 
 def _round(value: float) -> str:
-    return f"{value:.1g}"
+    """To one digit, and not as 2e+01."""
+    return f"{float(f'{value:.1g}'):g}"

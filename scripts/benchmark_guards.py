@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from gptlab import config, train
 from gptlab.callbacks.interrupts import Interrupts
-from gptlab.module import GPTModule, ids_and_mask
+from gptlab.data.windows import ids_and_mask
+from gptlab.module import GPTModule
 
 SKIPPED = 50  # steps, until all is warm
 

@@ -102,6 +102,20 @@ def gptlab(warm, tmp_path, tmp_path_factory, monkeypatch):
 
 
 @pytest.fixture
+def new_process(tmp_path, monkeypatch):
+    """The same in a new process, as a user starts it: where what is said while importing counts, too."""
+    monkeypatch.setenv("GPTLAB_DATA", str(tmp_path / "data"))
+
+    def run(entry: str, *arguments: str):
+        command = [sys.executable, "-m", f"gptlab.{entry}", *arguments]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, f"status {done.returncode}\n{done.stdout}\n{done.stderr}"
+        return done
+
+    return run
+
+
+@pytest.fixture
 def shakespeare() -> str:
     """The real Tiny Shakespeare, which the tests do not download."""
     path = os.environ.get("GPTLAB_TEST_SHAKESPEARE", "")

@@ -102,3 +102,22 @@ def test_what_lightning_is_told_is_what_extra_may_not_say():
     tree = ast.parse(textwrap.dedent(inspect.getsource(train.make_trainer)))
     (call,) = [n for n in ast.walk(tree) if isinstance(n, ast.Call) and ast.unparse(n.func) == "L.Trainer"]
     assert {keyword.arg for keyword in call.keywords} - {None} | {"max_time"} == set(config.NOT_EXTRA)
+
+
+@pytest.mark.parametrize(
+    ("environment", "first"),
+    [
+        ({}, True),
+        ({"RANK": "0", "LOCAL_RANK": "0"}, True),
+        ({"RANK": "8", "LOCAL_RANK": "0"}, False),  # torchrun's first process of the second machine
+        ({"SLURM_PROCID": "1"}, False),
+        ({"SLURM_PROCID": "0", "LOCAL_RANK": "1"}, False),  # Lightning's second process in an interactive job
+    ],
+)
+def test_the_first_process_of_a_run(monkeypatch, environment, first):
+    """The only one that takes the lock and writes: a second one would fail on it."""
+    for rank in ("RANK", "SLURM_PROCID", "LOCAL_RANK"):
+        monkeypatch.delenv(rank, raising=False)
+    for rank, value in environment.items():
+        monkeypatch.setenv(rank, value)
+    assert cli.is_first_process() is first

@@ -130,6 +130,16 @@ def test_a_diverged_run_names_the_batch_and_how_to_go_on(gptlab, tmp_path):
     assert "diverged: step 2: the loss is nan" in again
 
 
+def test_weights_that_blow_up_are_neither_sampled_nor_used(gptlab, tmp_path):
+    """The first update is finite and absurd. The validation after it says so; the callback that samples does not crash,
+    and sampling from the checkpoint is refused."""
+    blown = ["optim.lr=1e30", "optim.warmup_steps=0", "optim.grad_clip=0", "trainer.val_every=1"]
+    said = gptlab("train", *TINY, *blown, "hydra.run.dir=run", status=1).stdout
+    assert "no sample: the validation loss is not finite" in said and "has diverged: step 2" in said
+    assert [line["val/loss"] for line in metrics(tmp_path / "run") if "val/loss" in line][1] is None
+    assert "its weights are not finite, or huge" in gptlab("sample", "ckpt=run", status=2).stderr
+
+
 def test_a_sweep_goes_on_after_a_job_that_diverged(gptlab, tmp_path):
     gptlab("train", "-m", *TINY, "optim.grad_clip=0", "optim.warmup_steps=0", "optim.lr=1e30,1e-3", status=1)
     (sweep,) = (tmp_path / "sweeps/python_docs").iterdir()
@@ -241,7 +251,7 @@ def test_several_processes_are_told_the_size_to_use(short_of_memory, tmp_path):
 
 def test_a_cpu_that_runs_out_of_memory_says_it_otherwise(tmp_path):
     """torch's text on a CPU, really provoked: it is a RuntimeError without a class of its own."""
-    from gptlab.module import out_of_memory
+    from gptlab.memory import out_of_memory
 
     with pytest.raises(RuntimeError) as caught:
         torch.empty(2**60, dtype=torch.uint8)

@@ -161,6 +161,13 @@ def test_a_checkpoint_of_another_run_is_refused(stopped, key, value, said):
         resume.check_same_run(path, saved, resolved)
 
 
+def test_what_is_looked_at_before_a_resume_does_not_stay_in_memory(stopped):
+    """The checkpoint's tensors, three times the model, would lie beside the run's own until its end."""
+    _, saved = resume.last_state(stopped)
+    assert saved["global_step"] == 11 and saved["config"]["model"]["n_layer"] == 3
+    assert not any(isinstance(value, torch.Tensor) for _, value in resume.leaves(saved))
+
+
 def test_a_copied_checkpoint_ends_as_an_error_text(gptlab, stopped):
     path = stopped / "checkpoints/last.ckpt"
     saved = checkpoint.read(path)

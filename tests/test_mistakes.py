@@ -35,7 +35,7 @@ def mistake(tmp_path, monkeypatch, capsys):
 
     def lines(*arguments: str, entry: str = "train") -> list[str]:
         monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
-        fastest = math.inf
+        fastest = peer = math.inf
         for _ in range(3):  # another test on this core may take one try its time
             with pytest.raises(SystemExit) as stopped:
                 GlobalHydra.instance().clear()
@@ -46,7 +46,10 @@ def mistake(tmp_path, monkeypatch, capsys):
             fastest = min(fastest, time.perf_counter() - started)
             if fastest < 0.7:  # and 0.2 for the interpreter
                 break
-        assert fastest < 0.7, (arguments, fastest)
+            started = time.perf_counter()
+            composed([])
+            peer = min(peer, time.perf_counter() - started)
+        assert fastest < 0.7 or fastest < 8 * peer, (arguments, fastest, peer)  # a slow machine composes slowly, too
         said = capsys.readouterr().err
         assert stopped.value.code == 2 and said.startswith("\nerror: ") and "Traceback" not in said, said
         return said.strip("\n").split("\n")
@@ -114,12 +117,21 @@ def experiment(tmp_path):
     return write
 
 
-@pytest.mark.parametrize("way", ["command line", "command line, added with +", "YAML file"])
-def test_every_key_misspelled(mistake, experiment, way):
+@pytest.mark.parametrize(
+    ("way", "each"),
+    [
+        ("command line", 1),
+        ("command line, added with +", 3),  # every third key: one takes half a second
+        ("YAML file", 3),
+        pytest.param("command line, added with +", 1, marks=pytest.mark.slow),
+        pytest.param("YAML file", 1, marks=pytest.mark.slow),
+    ],
+)
+def test_every_key_misspelled(mistake, experiment, way, each):
     """Walks the composed configs: a key that no schema covers would be accepted, and train with the default instead."""
     keys = all_keys()
     assert len(keys) > 60
-    for choices, key, _ in keys:
+    for choices, key, _ in keys[::each]:
         wrong = misspelled(key)
         if way == "YAML file":
             lines = mistake(*experiment(nested(wrong, 1), choices))
@@ -133,9 +145,17 @@ def test_every_key_misspelled(mistake, experiment, way):
         assert len(lines) <= 6
 
 
-@pytest.mark.parametrize("way", ["command line", "YAML file"])
-def test_every_key_given_a_wrong_type(mistake, experiment, way):
-    for choices, key, wrong in all_keys():
+@pytest.mark.parametrize(
+    ("way", "each"),
+    [
+        ("command line", 3),
+        ("YAML file", 3),
+        pytest.param("command line", 1, marks=pytest.mark.slow),
+        pytest.param("YAML file", 1, marks=pytest.mark.slow),
+    ],
+)
+def test_every_key_given_a_wrong_type(mistake, experiment, way, each):
+    for choices, key, wrong in all_keys()[::each]:
         if way == "command line" and key in (*cli.TEXT_KEYS, "resume"):
             continue  # taken as text, word for word
         if way == "YAML file" and any(choice.startswith("debug=") for choice in choices):
@@ -250,24 +270,28 @@ def test_samples_too(mistake, tmp_path):
 
 
 def test_a_mistake_costs_less_than_a_second(tmp_path):
-    """Heavy imports come after every check of the config; the fastest of five whole processes, as others run too."""
-    for arguments in (
-        ["--help"],
-        ["model.n_head=5"],
-        ["optim.lrr=1"],
-        ["data=text", "data.path=nowhere.txt"],
-        ["--cfg", "job"],
+    """Heavy imports come after every check of the config. On any machine: a few times what an empty Hydra app takes, the
+    fastest of three whole processes each, in turns, as others run too."""
+    (tmp_path / "empty.py").write_text("import hydra\nhydra.main(version_base='1.3', config_path=None)(print)()\n")
+
+    def seconds(*command: str) -> float:
+        started = time.perf_counter()
+        done = subprocess.run(
+            [sys.executable, "-X", "importtime", *command], cwd=tmp_path, capture_output=True, text=True
+        )
+        assert "| torch\n" not in done.stderr and "| lightning\n" not in done.stderr, command
+        return time.perf_counter() - started
+
+    for times, arguments in (
+        (8, ["--help"]),  # Hydra copies all schemas once for each group it lists
+        (4, ["model.n_head=5"]),
+        (4, ["optim.lrr=1"]),
+        (4, ["data=text", "data.path=nowhere.txt"]),
+        (4, ["--cfg", "job"]),
     ):
-        command = [sys.executable, "-X", "importtime", "-m", "gptlab.train", *arguments]
-        seconds = []
-        for _ in range(5):
-            started = time.perf_counter()
-            done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-            seconds.append(time.perf_counter() - started)
-            assert "| torch\n" not in done.stderr and "| lightning\n" not in done.stderr, arguments
-            if seconds[-1] < 1:
-                break
-        assert min(seconds) < 1.5, (arguments, seconds)  # half of that on an idle machine
+        took = [(seconds("empty.py", "--cfg", "job"), seconds("-m", "gptlab.train", *arguments)) for _ in range(3)]
+        empty, ours = map(min, zip(*took, strict=True))
+        assert ours < 1 or ours < times * empty, (arguments, took)
 
 
 def test_a_refused_run_leaves_nothing_behind(gptlab, tmp_path):

@@ -263,6 +263,8 @@ def test_how_often_without_checkpoints_means_nothing(gptlab, tmp_path):
     """There is no such callback, and there must not be half of one."""
     gptlab("train", *TINY[:-1], "~callbacks", "hydra.run.dir=run")
     gptlab("train", "resume=run", "trainer.checkpoint_every=5")
+    assert yaml.safe_load((tmp_path / "run/config.yaml").read_text())["callbacks"] is None
+    assert not (tmp_path / "run/checkpoints").exists()
 
 
 def test_a_longer_schedule_only_if_asked(gptlab, tmp_path):

@@ -368,8 +368,9 @@ def test_the_most_frequent_pair_is_merged_first():
         pairs = [pair for word in words for pair in itertools.pairwise(word)]
         count = Counter(pairs)
         best = [pair for pair in count if count[pair] == max(count.values())]
-        pair = next(pair for pair in best if pair[0] + pair[1] == token)
-        words = [_merged(word, pair) for word in words]
+        merged = [pair for pair in best if pair[0] + pair[1] == token]
+        assert merged, f"{token} is made of none of {best}"
+        words = [_merged(word, merged[0]) for word in words]
 
 
 def _merged(word: list[bytes], pair: tuple[bytes, bytes]) -> list[bytes]:

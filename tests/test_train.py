@@ -20,8 +20,8 @@ from gptlab.config import CONF
 EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
 
 
-def test_default_run_folder_is_the_contract(gptlab, tmp_path):
-    done = gptlab("train", *TINY, "tags=[a,b]")
+def test_default_run_folder_is_the_contract(new_process, tmp_path):
+    done = new_process("train", *TINY, "tags=[a,b]")
     (run,) = (tmp_path / "outputs/python_docs").iterdir()
     names = {str(path.relative_to(run)) for path in run.rglob("*") if path.is_file() and "tfevents" not in path.name}
     assert names == {
@@ -82,12 +82,12 @@ def test_tensorboard_shows_scalars_config_and_hyper_parameters(gptlab, tmp_path)
     assert "val/bits_per_byte" in shown
 
 
-def test_next_commands_work_as_printed(gptlab, tmp_path):
-    shown = gptlab("train", *TINY).stdout
+def test_next_commands_work_as_printed(new_process, tmp_path):
+    shown = new_process("train", *TINY).stdout
     commands = [line.split() for line in shown.splitlines() if line.startswith("  python -m gptlab.")]
     assert [command[2] for command in commands] == ["gptlab.sample", "gptlab.train"]
     for command in commands:
-        gptlab(command[2].removeprefix("gptlab."), *command[3:])
+        new_process(command[2].removeprefix("gptlab."), *command[3:])
     (run,) = (tmp_path / "outputs/python_docs").iterdir()
     assert json.loads((run / "summary.json").read_text())["steps"] == 8
 

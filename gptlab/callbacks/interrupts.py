@@ -12,7 +12,6 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Checkpoint
-from torch import Tensor
 from torch import distributed as dist
 
 from gptlab.callbacks.checkpointing import Checkpointing, validation_is_due
@@ -133,17 +132,14 @@ class Interrupts(Checkpoint):
     def _over_processes(self, value: int, op: Any) -> int:
         if self._group is None:
             return value
-        shared: Tensor = torch.tensor(value)
+        shared = torch.tensor(value)
         dist.all_reduce(shared, op, self._group)
         return int(shared)
 
     def _stop(self, trainer: L.Trainer, signum: int, validation_due: bool) -> None:
         checkpointing = next((c for c in trainer.callbacks if isinstance(c, Checkpointing)), None)
-        if (
-            checkpointing
-            and trainer.global_step > 0
-            and (validation_due or checkpointing.saved_at != trainer.global_step)
-        ):
+        unsaved = checkpointing is not None and (validation_due or checkpointing.saved_at != trainer.global_step)
+        if unsaved and trainer.global_step > 0:
             self._validation_due_at = trainer.global_step if validation_due else None
             checkpointing.save(trainer)
         raise Interrupted(signum)

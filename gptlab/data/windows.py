@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+Batch = Tensor | tuple[Tensor, Tensor]
+
 
 def window_starts(seed: int, first: int, count: int, positions: int) -> np.ndarray:
     """Start positions, in [0, positions), of the sequences first ... first + count - 1 of a run, (count,) int64.
@@ -141,6 +143,31 @@ class TimedLoader(DataLoader):
             if batch is None:
                 return
             yield batch
+
+
+def ids_and_mask(batch: Batch) -> tuple[Tensor, Tensor | None]:
+    """The two parts of a batch.
+
+    Raises:
+        ValueError: something else than WindowData's docstring asks for, such as pairs of inputs and targets.
+    """
+    ids, mask = batch if isinstance(batch, (tuple, list)) and len(batch) == 2 else (batch, None)
+    if isinstance(mask, Tensor) and mask.dtype != torch.bool:
+        raise ValueError(
+            "the data set yields pairs, such as inputs and targets: gptlab takes ids (b, T + 1) alone, or with a mask "
+            "of type bool, and shifts the targets by one itself, so that they cannot be shifted wrongly"
+        )
+    if (
+        not isinstance(ids, Tensor)
+        or ids.dim() != 2
+        or ids.shape[1] < 2
+        or (mask is not None and mask.shape != ids.shape)
+    ):
+        shapes = ", ".join(
+            str(tuple(part.shape)) if isinstance(part, Tensor) else type(part).__name__ for part in (ids, mask)
+        )
+        raise ValueError(f"a batch must be ids (b, T + 1), or ids and a mask of the same shape, not {shapes}")
+    return ids, mask
 
 
 class WindowData(L.LightningDataModule):
