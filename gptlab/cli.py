@@ -32,10 +32,11 @@ FLAGS = (*VALUE_FLAGS, "--help", "-h", "--hydra-help", "--version", "--resolve",
 TEXT_KEYS = ("prompt", "prompt_file", "ckpt", "data.path", "data.val_path", "data.folder",
              "path", "out", "hub_split", "callbacks.sample_text.prompt")  # fmt: skip
 LONGEST, DEEPEST = 2000, 50  # characters and brackets of an override that is no text
-# How long to train, and what is the machine's: neither changes what a step does.
+# How long to train, and what is the machine's: neither changes what a step does. (Data are compared by their checksums.)
 RESUME_MAY_CHANGE = ("trainer.max_steps", "trainer.max_time", "optim.decay_steps", "optim.skip_nonfinite", "trainer.accelerator",
                      "trainer.devices", "trainer.num_nodes", "trainer.strategy", "trainer.log_every",
-                     "trainer.checkpoint_every", "data.workers", "data.micro_batch_size")  # fmt: skip
+                     "trainer.checkpoint_every", "data.workers", "data.micro_batch_size", "data.path", "data.val_path",
+                     "data.folder")  # fmt: skip
 
 hardware_note = ""  # which hardware was chosen and why, for the log
 
@@ -120,7 +121,7 @@ def _prepare(argv: list[str], entry: str) -> list[str]:
     flags, overrides = _split(argv)
     _check_overrides(overrides)
     overrides = [f"++{o}" if o.startswith("trainer.extra.") else o for o in overrides]  # Lightning's keys: no schema
-    given = dict(override.partition("=")[::2] for override in overrides)
+    given = dict(override.lstrip("+").partition("=")[::2] for override in overrides)
     if given.get("hydra.job.name", "").startswith("train_ddp_process_"):  # Lightning started us with what it says below
         return [*flags, *overrides, "hydra/job_logging=none"]
     sweep = bool({"-m", "--multirun"} & set(flags))
@@ -130,6 +131,10 @@ def _prepare(argv: list[str], entry: str) -> list[str]:
         ]
     if sweep and entry == "prepare":
         raise ValueError("data are prepared one folder at a time: leave -m out")
+    if sweep and "hydra.run.dir" in given:
+        raise ValueError(
+            "hydra.run.dir is the folder of a single run; with -m, hydra.sweep.dir=FOLDER holds all of them"
+        )
     if entry != "train":
         return flags + overrides
     if given.get("resume", "null") != "null":
@@ -138,7 +143,7 @@ def _prepare(argv: list[str], entry: str) -> list[str]:
         if "hardware" not in given:
             overrides.append(f"hardware={_detect_hardware()}")
         else:
-            hardware_note = f"hardware={given['hardware']}, as given"
+            hardware_note = f"hardware={given['hardware']}"
         if sweep:
             print(hardware_note)
         if not is_first_process():  # composed here, the folder's name would come from this process's own clock
@@ -231,9 +236,13 @@ def _resume(run: str, flags: list[str], given: dict[str, str]) -> tuple[list[str
 
     if {"-m", "--multirun"} & set(flags):
         raise ValueError("resume goes on with one run; it cannot be combined with a sweep (-m)")
+    if bare := next((key for key, value in given.items() if not value and key[0] != "~"), None):
+        raise ValueError(f"{bare}: settings are given as KEY=VALUE; is it part of a name with blanks? resume='my run'")
     if refused := [key for key in given if key not in RESUME_MAY_CHANGE]:
         last = {key.rpartition(".")[2]: key for key in RESUME_MAY_CHANGE}
-        meant = [last[near] for key in refused for near in difflib.get_close_matches(key.rpartition(".")[2], last, n=1)]
+        meant = [
+            last[near] for key in refused for near in difflib.get_close_matches(key.rpartition(".")[2], last, 1, 0.8)
+        ]
         raise ValueError(
             f"a resumed run keeps its config; not to be changed: {', '.join(refused)}"
             + (f" (did you mean {', '.join(meant)}?)" if meant else "")
@@ -251,7 +260,10 @@ def _resume(run: str, flags: list[str], given: dict[str, str]) -> tuple[list[str
     if "trainer.checkpoint_every" in given and "checkpointing" in (saved.get("callbacks") or {}):  # a number by now
         given["callbacks.checkpointing.every"] = given["trainer.checkpoint_every"]
     flags = [*flags, "--config-path", str(folder), "--config-name", "config", "--config-dir", str(config.CONF)]
-    overrides = [f"{'++' * key.startswith(('data.', 'callbacks.'))}{key}={value}" for key, value in given.items()]
+    overrides = [
+        f"{'++' * key.startswith(('data.', 'callbacks.'))}{key}={_quote(value) if key in TEXT_KEYS else value}"
+        for key, value in given.items()
+    ]
     place = _quote(str(folder))
     return flags, [
         *overrides,

@@ -334,7 +334,7 @@ def in_words(needed: Estimate) -> str:
         "activations": needed.activations,
     }
     if needed.allocator:
-        parts["lost between them"] = needed.allocator
+        parts["heap overhead"] = needed.allocator
     shown = ", ".join(f"{name} {human(size)}" for name, size in parts.items())
     return f"about {human(needed.total)} ({shown})"
 

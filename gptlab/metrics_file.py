@@ -1,6 +1,7 @@
 """metrics.jsonl: every logged metric of a run as one line of JSON, whatever other loggers there are."""
 
 import json
+import logging
 import math
 import os
 from pathlib import Path
@@ -10,6 +11,8 @@ from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from gptlab.runs import write_atomic
+
+log = logging.getLogger(__name__)
 
 
 class MetricsFile(Logger):
@@ -50,6 +53,8 @@ class MetricsFile(Logger):
 
     @rank_zero_only
     def _open(self) -> None:
+        if self._start_step and not self.path.exists():
+            log.warning("%s is gone: it begins anew, after step %d", self.path, self._start_step)
         lines = [self._header, *(json.dumps(entry) + "\n" for entry in self.kept())]
         write_atomic(self.path, "".join(lines).encode("utf-8"))
         self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115  (stays open for the run)

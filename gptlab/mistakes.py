@@ -85,12 +85,12 @@ def _of_hydra(error: BaseException) -> str | None:
                 f"than those of file names is quoted for the shell and for Hydra: \"{key}='{value}'\""
             )
         if given and Path(given).exists():
-            return f"{given}: settings are given as KEY=VALUE; did you mean ckpt={given} or resume={given}?"
+            return f"{given}: settings are given as KEY=VALUE; did you mean resume={given} (train) or ckpt={given} (sample)?"
         found = [f"{path.parent.name}={given}" for path in sorted(config.CONF.glob(f"*/{given}.yaml"))]
         return f"{given}: settings are given as KEY=VALUE" + (f"; did you mean {' or '.join(found)}?" if found else "")
     if "Ambiguous value" in text:
         given = text.split("'")[1]
-        return f"{given}: several values are a sweep, which needs -m; a list is written [a,b], a text with a comma in quotes"
+        return f"{given}: several values are a sweep (of new runs), which needs -m; a list is written [a,b], a text with a comma in quotes"
     if "Could not override '" in text and "@" in text.partition("Could not override")[2]:
         return (
             f"{text.split(':')[0]}: its first line must be `# @package _global_`, its defaults `override /model: NAME`"
@@ -100,7 +100,7 @@ def _of_hydra(error: BaseException) -> str | None:
         groups = sorted(path.name for path in config.CONF.iterdir() if path.is_dir())
         return f"{text.split(':')[0]}: there is no group {group}{_meant(group, groups)}"
     if isinstance(error, PermissionError):
-        return f"{text}; runs are written below the working directory: go where you may write, or give hydra.run.dir=FOLDER"
+        return f"{text}; runs are written below the working directory: go where you may write, or give hydra.run.dir=FOLDER (with -m: hydra.sweep.dir=FOLDER)"
     if text.startswith("Could not delete"):
         key = text.split("'")[1]
         return f"~{key}: there is nothing of that name to leave out"

@@ -2,7 +2,6 @@
 
 import logging
 import os
-import shlex
 import signal
 import subprocess
 import traceback
@@ -10,11 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from gptlab import cli, mistakes, runs
+from gptlab.runs import shown
 
 log = logging.getLogger("gptlab")
 
 
 def announce(run: Path, data: Any, module: Any, trainer: Any, memory: str | None, resumed_at: int | None) -> None:
+    from gptlab.callbacks.checkpointing import Checkpointing
+
     if data.warning:
         log.warning("\n*** WARNING: %s ***\n", data.warning)
     parameters = sum(p.numel() for p in module.model.parameters())
@@ -28,6 +30,10 @@ def announce(run: Path, data: Any, module: Any, trainer: Any, memory: str | None
     tokens = f"{data.batch_size * data.block_size:,}"
     log.info("tokens per optimizer step: %s (%d sequences x %d tokens)", tokens, data.batch_size, data.block_size)
     log.info("run folder: %s", shown(run))
+    if not any(isinstance(callback, Checkpointing) for callback in trainer.callbacks):
+        log.warning(
+            "NOTHING WILL BE SAVED: callbacks.checkpointing is left out (callbacks=[default,NAME] adds to the usual ones)"
+        )
     if resumed_at is not None:
         log.info("going on at step %d%s", resumed_at, "" if resumed_at else ": nothing was saved yet")
 
@@ -96,8 +102,10 @@ def ended_early(error: BaseException, trainer: Any, run: Path) -> int:
     if first:
         again, more = "to go on from there" if runs.checkpoints(run) else "to start it again", ""
         if isinstance(error, Diverged):
-            again, more = "to go on without it", f" optim.skip_nonfinite={error.skipped}"
-        log.info("\n%s\nat step %d; %s; %s:", what, trainer.global_step, saved_so_far(run), again)
+            again, more = "to leave its update out and go on", f" optim.skip_nonfinite={error.skipped}"
+        step = trainer.global_step  # 0, too, where a resume has yet to read its checkpoint
+        reached = f"at step {step}; " if step else ""
+        log.info("\n%s\n%s%s; %s:", what, reached, saved_so_far(run), again)
         log.info("  %s%s", resume_command(run), more)
         if isinstance(error, Interrupted) and error.signum == signal.SIGUSR1:
             requeue()
@@ -128,12 +136,6 @@ def saved_so_far(run: Path) -> str:
         except ValueError as error:
             return str(error)
     return "nothing was saved yet"
-
-
-def shown(path: Path) -> str:
-    """The path as a user would type it here."""
-    near = path.is_relative_to(Path.cwd())
-    return shlex.quote(os.path.relpath(path) if near else str(path))
 
 
 def summarise(run: Path, trainer: Any, module: Any, data: Any, seconds: float) -> dict[str, Any]:

@@ -1,5 +1,7 @@
 """A callback of Hydra's: two processes never write into one run folder."""
 
+import errno
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,17 +17,21 @@ class RunFolder(Callback):
     def on_run_start(self, config: Any, **_: Any) -> None:
         if not cli.is_first_process():
             return
-        folder = Path(config.hydra.run.dir)
+        folder, resuming = Path(config.hydra.run.dir), config.resume is not None
         try:
             runs.lock(folder)
-            if config.resume is None and any((folder / name).exists() for name in ("run.json", "checkpoints")):
-                raise ValueError(
-                    f"{folder} holds a run already; continue it with resume={folder}, or give another hydra.run.dir"
-                )
+            there = [folder / name for name in ("run.json", "checkpoints") if (folder / name).exists()]
+            if there and not resuming:
+                raise ValueError(f"{folder} holds a run already; continue it with resume={folder}")
+            for path in [*there, folder / "train.log", folder / "metrics.jsonl"]:
+                if path.exists() and not os.access(path, os.W_OK):
+                    raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
             return
         except ValueError as error:
-            text = str(error)
+            text = str(error) + ("" if resuming else "; or give another hydra.run.dir")
         except OSError as error:
-            text = f"{folder} cannot be written to ({error.strerror}): go where you may write, or give hydra.run.dir=FOLDER"
+            place = error.filename or folder
+            remedy = "resume a copy of the run" if resuming else "give hydra.run.dir=FOLDER"
+            text = f"{place} cannot be written to ({error.strerror}): go where you may write, or {remedy}"
         print(f"\nerror: {text}", file=sys.stderr)  # an exception would become a warning of Hydra's
         sys.exit(2)

@@ -8,6 +8,7 @@ import math
 import os
 import platform
 import re
+import shlex
 import subprocess
 import sys
 from importlib.metadata import version
@@ -48,7 +49,7 @@ def lock(run: Path) -> None:
         file.seek(0)
         raise ValueError(
             f"{run} is being written to by another process ({file.read().strip() or 'just started'}): wait for its end, "
-            "or end it (with kill, it saves first); a run of its own goes into another hydra.run.dir"
+            "or end it (with kill, it saves first)"
         ) from None
     except OSError as error:
         if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
@@ -80,15 +81,25 @@ def find_run(run: str) -> Path:
     folder = Path(run).expanduser()
     if not (folder / "config.yaml").is_file():
         missing = "is not a run folder (it has no config.yaml)" if folder.exists() else "does not exist"
-        inside = next((str(parent) for parent in folder.parents[:2] if (parent / "config.yaml").is_file()), None)
-        if inside is not None:
-            raise FileNotFoundError(f"{run} {missing}, but lies in one: give {inside}")
-        found = [path for folder in ("outputs", "sweeps") for path in Path(folder).glob("**/run.json")]
-        near = [str(path.parent) for path in sorted(found, key=lambda path: path.stat().st_mtime)]
+        if not run:
+            missing = "names no run folder"
+        inside = [parent for parent in folder.resolve().parents[:2] if (parent / "config.yaml").is_file()]
+        if inside and run:
+            raise FileNotFoundError(f"{run} {missing}, but lies in one: give {shown(inside[0])}")
+        found = [path for folder in ("outputs", "sweeps") for path in Path(folder).glob("**/config.yaml")]
+        found = [path for path in found if path.with_name("run.json").is_file()]
+        near = [shown(path.parent) for path in sorted(found, key=lambda path: -path.stat().st_mtime)]
         raise FileNotFoundError(
-            f"{run or 'an empty name'} {missing}; the newest runs here: {', '.join(near[-3:]) or 'none under outputs/ and sweeps/'}"
+            f"{run or repr(run)} {missing}; the newest runs here: {', '.join(near[:3]) or 'none under outputs/ and sweeps/'}"
         )
     return folder
+
+
+def shown(path: Path) -> str:
+    """The path as a user would type it here."""
+    path = path.resolve()
+    near = path.is_relative_to(Path.cwd())
+    return shlex.quote(os.path.relpath(path) if near else str(path))
 
 
 def find_checkpoint(path: str, order: tuple[str, ...]) -> Path:

@@ -71,8 +71,8 @@ class Watch:
         )
         if self.skipped > self.may_skip:
             raise Diverged(
-                f"the run has diverged: {text}. optim.skip_nonfinite={self.may_skip} is how many such steps may be left "
-                "out. If there are more to come, start a new run with a lower optim.lr",
+                f"the run has diverged: {text}. Mostly, optim.lr is too high: start a new run with a lower one. If it is "
+                f"that batch, its update can be left out (optim.skip_nonfinite={self.may_skip}: so many, so far)",
                 self.skipped,
             )
         log.warning("%s (%d of at most %d such steps)", text, self.skipped, self.may_skip)

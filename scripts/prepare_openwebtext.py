@@ -54,7 +54,9 @@ def prepare_openwebtext(cfg: Any) -> None:
         print(
             f"left out: {meta['unreadable']:,} rows without text under text_key={cfg.text_key}, or files that are not UTF-8"
         )
-    print(f"\nnext:\n  python -m gptlab.train data=openwebtext data.path={shlex.quote(str(out))}")
+    plain = out.name.isascii() and out.name.replace("-", "_").isidentifier()
+    name = f" data.name={out.name}" if plain and out.name != "openwebtext" else ""
+    print(f"\nnext:\n  python -m gptlab.train data=openwebtext data.path={shlex.quote(str(out))}{name}")
 
 
 def cores() -> int:

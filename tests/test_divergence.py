@@ -171,7 +171,7 @@ def test_all_processes_leave_out_what_is_not_finite_in_one(gptlab, tmp_path, all
     assert step == (4 if allowed else 2)
     if not allowed:
         command = "resume=run optim.skip_nonfinite=1"
-        assert f"to go on without it:\n  python -m gptlab.train {command}\n" in done.stdout
+        assert f"to leave its update out and go on:\n  python -m gptlab.train {command}\n" in done.stdout
         gptlab("train", *command.split(), PYTHONPATH=str(tmp_path))
         assert json.loads((tmp_path / "run/summary.json").read_text())["steps"] == 4
 

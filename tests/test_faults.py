@@ -93,6 +93,30 @@ def test_when_both_are_damaged_nothing_is_touched(gptlab, stopped):
     assert all(path.read_bytes() == content or path.name in (".lock", "train.log") for path, content in before.items())
 
 
+def test_lost_checkpoints_are_no_reason_to_begin_anew(gptlab, stopped):
+    """That would write over what the run has logged, and say that nothing had ever been saved."""
+    shutil.rmtree(stopped / "checkpoints")
+    logged = (stopped / "metrics.jsonl").read_bytes()
+    stderr = gptlab("train", "resume=run", status=2).stderr
+    assert "holds no checkpoint any more, and the run had come to step 11" in stderr
+    assert (stopped / "metrics.jsonl").read_bytes() == logged
+    (stopped / "metrics.jsonl").unlink()
+    gptlab("train", "resume=run")
+
+
+def test_a_run_that_saves_nothing_says_so(gptlab, tmp_path):
+    """A callback chosen alone leaves out the others, and the one that saves with them. Such a run begins anew."""
+    (tmp_path / "c/callbacks").mkdir(parents=True)
+    (tmp_path / "c/callbacks/mine.yaml").write_text("mine: {_target_: lightning.Callback}\n")
+    plain = [argument for argument in TINY if not argument.startswith("callbacks.")]
+    for run, choice in (("alone", "callbacks=mine"), ("added", "callbacks=[default,mine]"), ("none", "~callbacks")):
+        said = gptlab("train", *plain, "--config-dir", "c", choice, f"hydra.run.dir={run}").stdout
+        assert ("NOTHING WILL BE SAVED" in said) == (run != "added")
+        assert (tmp_path / run / "checkpoints").exists() == (run == "added")
+    (tmp_path / "none/summary.json").unlink()
+    assert "going on at step 0" in gptlab("train", "resume=none").stdout
+
+
 def test_without_the_last_checkpoints_the_best_one_is_gone_on_from(gptlab, finished, stopped):
     """It holds all that the others do; here it is that of step 8."""
     saved = stopped / "checkpoints"
@@ -132,7 +156,20 @@ def test_a_folder_that_cannot_be_written_to(tmp_path, monkeypatch, capsys, numbe
     with pytest.raises(SystemExit) as ended:
         RunFolder().on_run_start(config)
     assert ended.value.code == 2
-    assert f"cannot be written to ({os.strerror(number)})" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert f"cannot be written to ({os.strerror(number)})" in said and "hydra.run.dir" in said
+
+
+@pytest.mark.parametrize("name", ["train.log", "metrics.jsonl", "checkpoints"])
+def test_a_file_that_cannot_be_written_to(stopped, monkeypatch, capsys, name):
+    """A resume may not be told to give another folder."""
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != name)
+    config = OmegaConf.create({"hydra": {"run": {"dir": str(stopped)}}, "resume": str(stopped)})
+    with pytest.raises(SystemExit):
+        RunFolder().on_run_start(config)
+    runs._locks.pop().close()
+    said = capsys.readouterr().err
+    assert f"{stopped / name} cannot be written to (Permission denied)" in said and "hydra.run.dir" not in said
 
 
 @pytest.mark.parametrize(

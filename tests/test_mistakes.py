@@ -2,6 +2,7 @@
 
 import difflib
 import math
+import os
 import subprocess
 import sys
 import time
@@ -185,6 +186,8 @@ def test_every_key_given_a_wrong_type(mistake, experiment, way, each):
         (["trainer.extra.max_steps=3"], "trainer.extra.max_steps: gptlab sets it itself, from trainer.max_steps"),
         (["--resume", "x"], "settings have no dashes: resume=VALUE"),
         (["experiment=mine"], "--config-dir FOLDER, with FOLDER/experiment/mine.yaml"),
+        (["resume=my", "run"], "run: settings are given as KEY=VALUE; is it part of a name with blanks? resume='my run'"),
+        (["-m", "hydra.run.dir=x"], "with -m, hydra.sweep.dir=FOLDER"),
         (["name=ä"], "quoted for the shell and for Hydra"),
         (["logger=null"], "'~logger' leaves it out"),
         (["tags=[a"], "tags=[a: cannot be read as KEY=VALUE"),
@@ -253,6 +256,27 @@ def test_where_nothing_may_be_written(mistake, tmp_path, monkeypatch):
     assert "go where you may write, or give hydra.run.dir=FOLDER" in mistake("seed=1")[0]
 
 
+def test_run_folders_are_named_as_they_can_be_typed(tmp_path, monkeypatch):
+    """The newest first, none that lacks what makes it one, and quoted; a folder within one is told which."""
+    monkeypatch.chdir(tmp_path)
+    for age, name in enumerate(["new (2)", "older", "broken"]):
+        (tmp_path / "outputs" / name).mkdir(parents=True)
+        (tmp_path / "outputs" / name / "run.json").touch()
+        (tmp_path / "outputs" / name / "config.yaml").touch()
+        os.utime(tmp_path / "outputs" / name / "config.yaml", (1e9 - age, 1e9 - age))
+    (tmp_path / "outputs/broken/config.yaml").unlink()
+    with pytest.raises(FileNotFoundError, match=r"newest runs here: 'outputs/new \(2\)', outputs/older$"):
+        runs.find_run("outputs/broken")
+    with pytest.raises(FileNotFoundError, match="'' names no run folder; the newest"):
+        runs.find_run("")
+    (tmp_path / "outputs/older/checkpoints").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"lies in one: give outputs/older$"):
+        runs.find_run("outputs/older/checkpoints")
+    monkeypatch.chdir(tmp_path / "outputs/older")
+    with pytest.raises(FileNotFoundError, match="newest runs here: none"):
+        runs.find_run("..")
+
+
 def test_all_mistakes_across_keys_are_reported_at_once(mistake):
     lines = mistake(
         "model.n_head=5", "optim.warmup_steps=3000", "trainer.devices=20", "optim.min_lr=1", "seed=-1", "model.dropout=1"
@@ -266,7 +290,7 @@ def test_samples_too(mistake, tmp_path):
     assert "did you mean temperature?" in mistake("tempreature=1", entry="sample")[0]
     assert "there is no key foo" in mistake("+foo=1", entry="sample")[0]
     (tmp_path / "run").mkdir()
-    assert "did you mean ckpt=run or resume=run?" in mistake("run", entry="sample")[0]
+    assert "did you mean resume=run (train) or ckpt=run (sample)?" in mistake("run", entry="sample")[0]
 
 
 def test_a_mistake_costs_less_than_a_second(tmp_path):

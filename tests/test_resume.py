@@ -283,7 +283,10 @@ def test_a_longer_schedule_only_if_asked(gptlab, tmp_path):
 def test_a_resume_keeps_its_config(gptlab, tmp_path, overrides):
     """Anything else that is given is refused by its name, before the folder is even looked at."""
     stderr = gptlab("train", "resume=run", *overrides, "trainer.max_steps=6", status=2).stderr
-    assert all(override.partition("=")[0] in stderr for override in overrides) and "trainer.max_steps," in stderr
+    assert (
+        all(override.partition("=")[0].lstrip("+") in stderr for override in overrides)
+        and "trainer.max_steps," in stderr
+    )
     assert "Traceback" not in stderr
 
 
@@ -292,7 +295,8 @@ def test_a_finished_run_says_so_and_can_be_extended(gptlab, tmp_path):
     rest = [argument for argument in DROPOUT if not argument.startswith("optim.decay_steps")]
     gptlab("train", *rest, "hydra.run.dir=run")
     before = weights(tmp_path / "run")
-    assert "has finished its 11 steps" in gptlab("train", "resume=run").stdout
+    for way in ("resume=run", "+resume=run", "++resume=run"):  # as keys of Lightning's are given
+        assert "has finished its 11 steps" in gptlab("train", way).stdout
     assert same(before, weights(tmp_path / "run"))
     gptlab("train", "resume=run", "trainer.max_steps=14")
     assert json.loads((tmp_path / "run/summary.json").read_text())["steps"] == 14
@@ -307,6 +311,17 @@ def test_a_moved_run_resumes_where_it_lies(gptlab, tmp_path):
     gptlab("train", "resume=new place/run, moved", "trainer.max_steps=6")
     assert not (tmp_path / "run").exists()
     assert json.loads((tmp_path / "new place/run, moved/summary.json").read_text())["steps"] == 6
+
+
+def test_a_moved_text_is_named_by_its_new_place(gptlab, tmp_path):
+    """Or a project folder that was moved whole could never go on. That it is the same text, its checksum says."""
+    (tmp_path / "old.txt").write_text("To be, or not to be: that is the question.\n" * 100)
+    gptlab("train", *TINY, "data=text", "data.path=old.txt", "hydra.run.dir=run")
+    (tmp_path / "old.txt").rename(tmp_path / "new, and better.txt")
+    assert "old.txt: No such file" in gptlab("train", "resume=run", "trainer.max_steps=6", status=2).stderr
+    gptlab("train", "resume=run", "trainer.max_steps=6", "data.path=new, and better.txt")
+    gptlab("train", "resume=run", "trainer.max_steps=8")
+    assert json.loads((tmp_path / "run/summary.json").read_text())["steps"] == 8
 
 
 def test_a_resume_with_another_text_changes_nothing(gptlab, tmp_path):
@@ -345,8 +360,9 @@ def test_types_are_checked_on_a_resume_too(gptlab, tmp_path):
 
 def test_a_run_cannot_end_before_the_step_that_it_has_reached(gptlab, tmp_path):
     gptlab("train", *TINY, "hydra.run.dir=run")
-    stderr = gptlab("train", "resume=run", "trainer.max_steps=3", status=2).stderr
-    assert "trainer.max_steps=3: the run has reached step 4 already" in stderr
+    for steps in (1, 3):  # 1 is not beyond the warm-up, either
+        stderr = gptlab("train", "resume=run", f"trainer.max_steps={steps}", status=2).stderr
+        assert f"trainer.max_steps={steps}: the run has reached step 4 already" in stderr
 
 
 def test_a_lost_description_of_a_run_is_made_anew(gptlab, tmp_path):
@@ -484,6 +500,9 @@ def test_damaged_records_are_named_or_done_without(gptlab, tmp_path):
     (run / "metrics.jsonl").write_text("".join([lines[0], "garbage\n", *lines[1:]]))
     stderr = gptlab("train", "resume=run", "trainer.max_steps=6", status=2).stderr
     assert "metrics.jsonl is damaged" in stderr and "Traceback" not in stderr
+    (run / "metrics.jsonl").unlink()
+    said = gptlab("train", "resume=run", "trainer.max_steps=6").stdout
+    assert "metrics.jsonl is gone: it begins anew, after step 4" in said
 
 
 def test_a_step_that_was_left_out_is_no_obstacle(gptlab, tmp_path, stopped):

@@ -27,7 +27,9 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             os.replace(temporary, path)
         except RuntimeError as error:  # torch's, about what it could not write; the reason comes with it
             reason = error.__cause__ or error.__context__
-            raise reason if isinstance(reason, OSError) else error from None
+            if not isinstance(reason, OSError):
+                raise
+            raise OSError(reason.errno, reason.strerror, str(path)) from None
         finally:
             temporary.unlink(missing_ok=True)
 
