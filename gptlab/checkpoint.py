@@ -94,6 +94,7 @@ def read(path: Path, *, mmap: bool = False) -> dict[str, Any]:
 
     Raises:
         ValueError: not a checkpoint of gptlab, or damaged.
+        FileNotFoundError: it may not be read, whatever it is.
     """
     try:
         check_bytes(path, whole=not mmap)
@@ -102,6 +103,8 @@ def read(path: Path, *, mmap: bool = False) -> dict[str, Any]:
             raise TypeError("it lacks what gptlab puts into one")
         if not all(isinstance(checkpoint["config"][key], dict) for key in ("model", "data")):
             raise TypeError("its config lacks what gptlab puts into one")
+    except PermissionError as error:
+        raise FileNotFoundError(f"{path} cannot be read: {error.strerror}") from None
     except Exception as error:  # torch's reader fails in many ways, and all of them are about the file
         raise damaged(path, error) from None
     return checkpoint

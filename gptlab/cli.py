@@ -138,6 +138,10 @@ def _prepare(argv: list[str], entry: str) -> list[str]:
     if entry != "train":
         return flags + overrides
     if given.get("resume", "null") != "null":
+        if bare := [o for o in overrides if "=" not in o and o[0] != "~"]:
+            raise ValueError(
+                f"{bare[0]}: settings are given as KEY=VALUE, and values with blanks in quotes: 'resume=outputs/my run'"
+            )
         flags, overrides = _resume(given.pop("resume"), flags, given)
     else:
         if "hardware" not in given:
@@ -199,10 +203,13 @@ def _check_overrides(overrides: list[str]) -> None:
                 raise ValueError(f"{override[:60]}...: {len(override)} characters; at most {LONGEST} are allowed")
             if sum(map(value.count, "[{(")) > DEEPEST:
                 raise ValueError(f"{override[:60]}...: more than {DEEPEST} brackets")
+        if key in ("data.path", "data.val_path", "data.folder", "path", "out") and "${" in value:
+            raise ValueError(f"{override}: files with ${{ in their names are not taken: rename it")
         if key == "name" and (value.startswith("/") or {"", ".", ".."} & set(value.split("/"))):
             raise ValueError(f"{override}: it names the folder of the run under outputs/, and must lie in there")
         group = key.lstrip("~+")
-        if group in groups and value and not _is_choice(override, group, value):
+        left_out = override == f"~{group}=null"  # as a sweep says it to its jobs
+        if group in groups and value and not left_out and not _is_choice(override, group, value):
             leaves_out = f" (and '~{group}' leaves it out)" if group in ("callbacks", "logger") else ""
             raise ValueError(f"{override}: it must be one of {', '.join(mistakes.options(group))}{leaves_out}")
 
@@ -236,8 +243,6 @@ def _resume(run: str, flags: list[str], given: dict[str, str]) -> tuple[list[str
 
     if {"-m", "--multirun"} & set(flags):
         raise ValueError("resume goes on with one run; it cannot be combined with a sweep (-m)")
-    if bare := next((key for key, value in given.items() if not value and key[0] != "~"), None):
-        raise ValueError(f"{bare}: settings are given as KEY=VALUE; is it part of a name with blanks? resume='my run'")
     if refused := [key for key in given if key not in RESUME_MAY_CHANGE]:
         last = {key.rpartition(".")[2]: key for key in RESUME_MAY_CHANGE}
         meant = [
@@ -257,7 +262,7 @@ def _resume(run: str, flags: list[str], given: dict[str, str]) -> tuple[list[str
         saved = None
     if not isinstance(saved, dict):
         raise ValueError(f"{folder / 'config.yaml'} is damaged: put it back (a checkpoint has the same under 'config')")
-    if "trainer.checkpoint_every" in given and "checkpointing" in (saved.get("callbacks") or {}):  # a number by now
+    if "trainer.checkpoint_every" in given and (saved.get("callbacks") or {}).get("checkpointing"):  # a number by now
         given["callbacks.checkpointing.every"] = given["trainer.checkpoint_every"]
     flags = [*flags, "--config-path", str(folder), "--config-name", "config", "--config-dir", str(config.CONF)]
     overrides = [

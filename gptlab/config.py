@@ -472,15 +472,17 @@ def _optim_problems(cfg: Any) -> Iterator[str]:
         yield f"optim.min_lr={optim.min_lr}: it must be at most optim.lr={optim.lr}"
     if not (optim.betas is not None and len(optim.betas) == 2 and all(0 <= beta < 1 for beta in optim.betas)):
         yield f"optim.betas={optim.betas}: it must be two numbers from 0 up to below 1"
-    ends = {"trainer.max_steps": trainer.max_steps}
+    resuming = cfg.resume is not None
+    ends = {} if resuming else {"trainer.max_steps": trainer.max_steps}  # to end a run earlier than planned is fine
     if optim.schedule == "cosine":
         ends["optim.decay_steps"] = optim.decay_steps
-    key = min(ends, key=ends.get)
-    if 1 <= ends[key] <= optim.warmup_steps:
-        yield (
-            f"optim.warmup_steps={optim.warmup_steps} does not end before {key}={ends[key]}: the learning rate would "
-            f"never reach optim.lr; add optim.warmup_steps={ends[key] // 10}"
-        )
+    for key in sorted(ends, key=ends.get)[:1]:
+        if 1 <= ends[key] <= optim.warmup_steps:
+            remedy = f"take a larger {key}" if resuming else f"add optim.warmup_steps={ends[key] // 10}"
+            yield (
+                f"optim.warmup_steps={optim.warmup_steps} does not end before {key}={ends[key]}: the learning rate would "
+                f"never reach optim.lr; {remedy}"
+            )
 
 
 def prepare_problems(cfg: Any) -> Iterator[str]:

@@ -32,7 +32,8 @@ def announce(run: Path, data: Any, module: Any, trainer: Any, memory: str | None
     log.info("run folder: %s", shown(run))
     if not any(isinstance(callback, Checkpointing) for callback in trainer.callbacks):
         log.warning(
-            "NOTHING WILL BE SAVED: callbacks.checkpointing is left out (callbacks=[default,NAME] adds to the usual ones)"
+            "NO CHECKPOINT will be there to resume or sample from: callbacks.checkpointing is left out (in a new run, "
+            "callbacks=[default,NAME] adds to the usual ones)"
         )
     if resumed_at is not None:
         log.info("going on at step %d%s", resumed_at, "" if resumed_at else ": nothing was saved yet")

@@ -1,9 +1,7 @@
 """Going on with a run: which checkpoint, and whether it is this run's and there is anything left to do."""
 
-import contextlib
 import json
 import logging
-import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -44,24 +42,12 @@ def last_state(run: Path) -> tuple[Path | None, dict[str, Any]]:
     return None, {}
 
 
-def check_nothing_lost(run: Path, callbacks: Any) -> None:
-    """Raises ValueError if a run without a checkpoint must have had one: beginning anew, it would write over its metrics.
-    Its first validation after step 0 is saved before any later step."""
-    metrics = run / "metrics.jsonl"
-    if "checkpointing" not in (callbacks or {}) or not metrics.is_file():
-        return
-    trained, validated = 0, math.inf
-    for line in metrics.read_text("utf-8", errors="replace").splitlines():
-        with contextlib.suppress(ValueError, TypeError, KeyError):  # a line that was cut off
-            entry = json.loads(line)
-            if "val/loss" not in entry:
-                trained = max(trained, entry["step"])
-            elif entry["step"] > 0:
-                validated = min(validated, entry["step"])
-    if trained > validated:
+def check_nothing_lost(run: Path) -> None:
+    """Raises ValueError if a run without a checkpoint has had one: beginning anew, it would write over what it logged."""
+    if (run / runs.SAVED).exists():
         raise ValueError(
-            f"{run / 'checkpoints'} holds no checkpoint any more, and the run had come to step {trained}: put them back, "
-            "or start a new run (to begin anew in this folder, move its metrics.jsonl away)"
+            f"{run / 'checkpoints'} holds no checkpoint any more, and the run has had some: put them back, or start a new "
+            f"run (to begin anew in this folder, remove {run / runs.SAVED})"
         )
 
 

@@ -10,6 +10,9 @@ from hydra.experimental.callback import Callback
 
 from gptlab import cli, runs
 
+MADE = ("config.yaml", "run.json", "metrics.jsonl", "checkpoints", "summary.json")  # by a run, or a user's own files
+WRITTEN_INTO = ("checkpoints", "tensorboard", "train.log")  # the others are replaced as a whole
+
 
 class RunFolder(Callback):
     """Takes the run folder for this process before Hydra writes anything into it."""
@@ -20,15 +23,15 @@ class RunFolder(Callback):
         folder, resuming = Path(config.hydra.run.dir), config.resume is not None
         try:
             runs.lock(folder)
-            there = [folder / name for name in ("run.json", "checkpoints") if (folder / name).exists()]
+            there = [name for name in MADE if (folder / name).exists()]
             if there and not resuming:
-                raise ValueError(f"{folder} holds a run already; continue it with resume={folder}")
-            for path in [*there, folder / "train.log", folder / "metrics.jsonl"]:
+                raise ValueError(f"{folder} holds a run already ({', '.join(there)}); continue it with resume={folder}")
+            for path in [folder, *(folder / name for name in WRITTEN_INTO)]:
                 if path.exists() and not os.access(path, os.W_OK):
                     raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
             return
         except ValueError as error:
-            text = str(error) + ("" if resuming else "; or give another hydra.run.dir")
+            text = str(error) + ("" if resuming else "; or give another hydra.run.dir (with -m: hydra.sweep.dir)")
         except OSError as error:
             place = error.filename or folder
             remedy = "resume a copy of the run" if resuming else "give hydra.run.dir=FOLDER"

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import IO, Any
 
 LOCK = ".lock"
+SAVED = ".saved"  # a mark: there has been a checkpoint
 _locks: list[IO[str]] = []  # open until the process ends
 
 
@@ -83,8 +84,8 @@ def find_run(run: str) -> Path:
         missing = "is not a run folder (it has no config.yaml)" if folder.exists() else "does not exist"
         if not run:
             missing = "names no run folder"
-        inside = [parent for parent in folder.resolve().parents[:2] if (parent / "config.yaml").is_file()]
-        if inside and run:
+        inside = [parent for parent in folder.resolve().parents[:2] if (parent / "run.json").is_file()]
+        if inside and run and folder.exists():
             raise FileNotFoundError(f"{run} {missing}, but lies in one: give {shown(inside[0])}")
         found = [path for folder in ("outputs", "sweeps") for path in Path(folder).glob("**/config.yaml")]
         found = [path for path in found if path.with_name("run.json").is_file()]

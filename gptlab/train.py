@@ -25,17 +25,17 @@ def train(cfg: Any) -> float | None:
     gc.disable()  # until training starts: going through a million new objects would be a quarter of the start
     run = Path(HydraConfig.get().runtime.output_dir)
     resuming = cfg.resume is not None
-    ckpt, saved = resume.last_state(run) if resuming else (None, {})
-    if resuming and not saved:
-        resume.check_nothing_lost(run, cfg.callbacks)
-    start_step = saved.get("global_step", 0)
-    if saved and (finished := resume.already_finished(run, cfg.trainer, saved)):
-        return finished["best"].get("val/loss")
     config.check(cfg)
     from gptlab import checkpoint
 
     quiet_lightning()
     settle_machine(cfg)
+    ckpt, saved = resume.last_state(run) if resuming else (None, {})
+    start_step = saved.get("global_step", 0)
+    if saved and (finished := resume.already_finished(run, cfg.trainer, saved)):
+        return finished["best"].get("val/loss")
+    if resuming and not saved:
+        resume.check_nothing_lost(run)
     data = make_data(cfg, resuming)
     resolved, tokenizer = plain(cfg), data.tokenizer.state()
     if saved:
@@ -74,7 +74,7 @@ def settle_machine(cfg: Any) -> None:
             "leave model.compile=false"
         )
     if on_gpu and not torch.accelerator.is_available():
-        key = "hardware" if cfg.resume is None else "trainer.accelerator"
+        key = "hardware" if cfg.resume is None else "trainer.accelerator"  # a resume may change it, but for fp16
         raise ValueError(f"{key}=gpu, but torch sees no accelerator: use {key}=cpu, or install a torch built for yours")
     if cfg.trainer.precision == "auto":
         cuda = on_gpu and torch.cuda.is_available()

@@ -98,10 +98,10 @@ def test_lost_checkpoints_are_no_reason_to_begin_anew(gptlab, stopped):
     shutil.rmtree(stopped / "checkpoints")
     logged = (stopped / "metrics.jsonl").read_bytes()
     stderr = gptlab("train", "resume=run", status=2).stderr
-    assert "holds no checkpoint any more, and the run had come to step 11" in stderr
+    assert "holds no checkpoint any more, and the run has had some" in stderr
     assert (stopped / "metrics.jsonl").read_bytes() == logged
-    (stopped / "metrics.jsonl").unlink()
-    gptlab("train", "resume=run")
+    (stopped / ".saved").unlink()
+    assert "going on at step 0: nothing was saved yet" in gptlab("train", "resume=run").stdout
 
 
 def test_a_run_that_saves_nothing_says_so(gptlab, tmp_path):
@@ -111,7 +111,7 @@ def test_a_run_that_saves_nothing_says_so(gptlab, tmp_path):
     plain = [argument for argument in TINY if not argument.startswith("callbacks.")]
     for run, choice in (("alone", "callbacks=mine"), ("added", "callbacks=[default,mine]"), ("none", "~callbacks")):
         said = gptlab("train", *plain, "--config-dir", "c", choice, f"hydra.run.dir={run}").stdout
-        assert ("NOTHING WILL BE SAVED" in said) == (run != "added")
+        assert ("NO CHECKPOINT" in said) == (run != "added")
         assert (tmp_path / run / "checkpoints").exists() == (run == "added")
     (tmp_path / "none/summary.json").unlink()
     assert "going on at step 0" in gptlab("train", "resume=none").stdout
@@ -160,7 +160,27 @@ def test_a_folder_that_cannot_be_written_to(tmp_path, monkeypatch, capsys, numbe
     assert f"cannot be written to ({os.strerror(number)})" in said and "hydra.run.dir" in said
 
 
-@pytest.mark.parametrize("name", ["train.log", "metrics.jsonl", "checkpoints"])
+@pytest.mark.parametrize("name", ["config.yaml", "metrics.jsonl", "summary.json"])
+def test_files_of_a_users_own_are_not_written_over(gptlab, tmp_path, name):
+    """Such as the config.yaml of another program, where a run is sent into the project's folder."""
+    (tmp_path / name).write_text("mine")
+    assert f"holds a run already ({name})" in gptlab("train", *TINY, "hydra.run.dir=.", status=2).stderr
+    assert (tmp_path / name).read_text() == "mine"
+
+
+def test_a_checkpoint_that_may_not_be_read_is_not_damaged(stopped, monkeypatch):
+    """It would be set aside, and an older one gone on from. (Tests may run as root, who may read anything.)"""
+
+    def refuse(*_, **__):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(checkpoint, "check_bytes", refuse)
+    with pytest.raises(FileNotFoundError, match=r"last\.ckpt cannot be read: Permission denied"):
+        resume.last_state(stopped)
+    assert (stopped / "checkpoints/last.ckpt").exists()
+
+
+@pytest.mark.parametrize("name", ["run", "train.log", "checkpoints"])
 def test_a_file_that_cannot_be_written_to(stopped, monkeypatch, capsys, name):
     """A resume may not be told to give another folder."""
     monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != name)
@@ -169,7 +189,10 @@ def test_a_file_that_cannot_be_written_to(stopped, monkeypatch, capsys, name):
         RunFolder().on_run_start(config)
     runs._locks.pop().close()
     said = capsys.readouterr().err
-    assert f"{stopped / name} cannot be written to (Permission denied)" in said and "hydra.run.dir" not in said
+    assert (
+        f"{stopped if name == 'run' else stopped / name} cannot be written to (Permission denied)" in said
+        and "hydra.run.dir" not in said
+    )
 
 
 @pytest.mark.parametrize(

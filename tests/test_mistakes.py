@@ -186,7 +186,8 @@ def test_every_key_given_a_wrong_type(mistake, experiment, way, each):
         (["trainer.extra.max_steps=3"], "trainer.extra.max_steps: gptlab sets it itself, from trainer.max_steps"),
         (["--resume", "x"], "settings have no dashes: resume=VALUE"),
         (["experiment=mine"], "--config-dir FOLDER, with FOLDER/experiment/mine.yaml"),
-        (["resume=my", "run"], "run: settings are given as KEY=VALUE; is it part of a name with blanks? resume='my run'"),
+        (["resume=my", "run"], "run: settings are given as KEY=VALUE, and values with blanks in quotes"),
+        (["data=text", "data.path=${x}.txt"], "data.path=${x}.txt: files with ${ in their names are not taken"),
         (["-m", "hydra.run.dir=x"], "with -m, hydra.sweep.dir=FOLDER"),
         (["name=ä"], "quoted for the shell and for Hydra"),
         (["logger=null"], "'~logger' leaves it out"),
@@ -275,6 +276,8 @@ def test_run_folders_are_named_as_they_can_be_typed(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path / "outputs/older")
     with pytest.raises(FileNotFoundError, match="newest runs here: none"):
         runs.find_run("..")
+    with pytest.raises(FileNotFoundError, match="typo does not exist; the newest runs here"):
+        runs.find_run("typo")
 
 
 def test_all_mistakes_across_keys_are_reported_at_once(mistake):

@@ -360,9 +360,22 @@ def test_types_are_checked_on_a_resume_too(gptlab, tmp_path):
 
 def test_a_run_cannot_end_before_the_step_that_it_has_reached(gptlab, tmp_path):
     gptlab("train", *TINY, "hydra.run.dir=run")
-    for steps in (1, 3):  # 1 is not beyond the warm-up, either
+    for steps in (1, 3):
         stderr = gptlab("train", "resume=run", f"trainer.max_steps={steps}", status=2).stderr
         assert f"trainer.max_steps={steps}: the run has reached step 4 already" in stderr
+
+
+def test_a_resume_is_not_told_to_change_what_it_may_not(gptlab, tmp_path, stopped):
+    """The warm-up is the run's: it may end before it, though no new run may; but no schedule can. A new run is told
+    otherwise, and values are checked also where nothing is left to do."""
+    stopped(*send(5, signal.SIGTERM), "optim.warmup_steps=9", status=143)
+    both = ("resume=run", "trainer.max_steps=8")
+    assert "take a larger optim.decay_steps" in gptlab("train", *both, "optim.decay_steps=8", status=2).stderr
+    for wrong, said in (("max_time=90", "it must be DD:HH:MM:SS"), ("devices=0", "trainer.devices=0")):
+        stderr = gptlab("train", "resume=run", f"trainer.{wrong}", status=2).stderr
+        assert said in stderr and "Traceback" not in stderr
+    gptlab("train", *both)
+    assert json.loads((tmp_path / "run/summary.json").read_text())["steps"] == 8
 
 
 def test_a_lost_description_of_a_run_is_made_anew(gptlab, tmp_path):

@@ -10,6 +10,8 @@ import torch
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
+from gptlab.runs import SAVED
+
 
 class AtomicCheckpointIO(TorchCheckpointIO):
     """Writes beside the target, syncs and renames: at every moment the file is the old or the new one, whole.
@@ -91,6 +93,7 @@ class Checkpointing(Checkpoint):
             if last.exists():
                 self._link(last, self.folder / "previous.ckpt")
             os.replace(new, last)
+            (self.folder.parent / SAVED).touch()
         self.saved_at = trainer.global_step
 
     @staticmethod
