@@ -74,7 +74,7 @@ def settle_machine(cfg: Any) -> None:
             "leave model.compile=false"
         )
     if on_gpu and not torch.accelerator.is_available():
-        key = "hardware" if cfg.resume is None else "trainer.accelerator"  # a resume may change it, but for fp16
+        key = "hardware" if cfg.resume is None else "trainer.accelerator"
         raise ValueError(f"{key}=gpu, but torch sees no accelerator: use {key}=cpu, or install a torch built for yours")
     if cfg.trainer.precision == "auto":
         cuda = on_gpu and torch.cuda.is_available()
