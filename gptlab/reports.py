@@ -4,6 +4,7 @@ import logging
 import os
 import signal
 import subprocess
+import textwrap
 import traceback
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ def announce(run: Path, data: Any, module: Any, trainer: Any, memory: str | None
     log.info("data: %s, vocabulary of %d tokens", data.record["name"], data.tokenizer.vocab_size)
     log.info("model: %s parameters", f"{parameters:,}")
     if memory:
-        log.info("memory: %s", memory)
+        log.info(textwrap.fill(f"memory: {memory}", 80, subsequent_indent="  "))
     tokens = f"{data.batch_size * data.block_size:,}"
     log.info("tokens per optimizer step: %s (%d sequences x %d tokens)", tokens, data.batch_size, data.block_size)
     log.info("run folder: %s", shown(run))
