@@ -28,15 +28,14 @@ VALUE_FLAGS = ("--cfg", "-c", "--package", "-p", "--config-path", "-cp", "--conf
                "--experimental-rerun", "--info", "-i")  # fmt: skip
 FLAGS = (*VALUE_FLAGS, "--help", "-h", "--hydra-help", "--version", "--resolve", "--run", "-r", "--multirun", "-m",
          "--shell-completion", "-sc")  # fmt: skip
+DATA_PATHS = ("data.path", "data.val_path", "data.folder")
 # Free text, which Hydra's grammar would trip over: taken word for word, except in sweeps.
-TEXT_KEYS = ("prompt", "prompt_file", "ckpt", "data.path", "data.val_path", "data.folder",
-             "path", "out", "hub_split", "callbacks.sample_text.prompt")  # fmt: skip
+TEXT_KEYS = ("prompt", "prompt_file", "ckpt", *DATA_PATHS, "path", "out", "hub_split", "callbacks.sample_text.prompt")
 LONGEST, DEEPEST = 2000, 50  # characters and brackets of an override that is no text
 # How long to train, and what is the machine's: neither changes what a step does. (Data are compared by their checksums.)
 RESUME_MAY_CHANGE = ("trainer.max_steps", "trainer.max_time", "optim.decay_steps", "optim.skip_nonfinite", "trainer.accelerator",
                      "trainer.devices", "trainer.num_nodes", "trainer.strategy", "trainer.log_every",
-                     "trainer.checkpoint_every", "data.workers", "data.micro_batch_size", "data.path", "data.val_path",
-                     "data.folder")  # fmt: skip
+                     "trainer.checkpoint_every", "data.workers", "data.micro_batch_size", *DATA_PATHS)  # fmt: skip
 
 hardware_note = ""  # which hardware was chosen and why, for the log
 
@@ -203,7 +202,7 @@ def _check_overrides(overrides: list[str]) -> None:
                 raise ValueError(f"{override[:60]}...: {len(override)} characters; at most {LONGEST} are allowed")
             if sum(map(value.count, "[{(")) > DEEPEST:
                 raise ValueError(f"{override[:60]}...: more than {DEEPEST} brackets")
-        if key in ("data.path", "data.val_path", "data.folder", "path", "out") and "${" in value:
+        if key in DATA_PATHS and "${" in value:  # Hydra resolves it when it builds the data set, however it is quoted
             raise ValueError(f"{override}: files with ${{ in their names are not taken: rename it")
         if key == "name" and (value.startswith("/") or {"", ".", ".."} & set(value.split("/"))):
             raise ValueError(f"{override}: it names the folder of the run under outputs/, and must lie in there")

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from gptlab import cli, mistakes, runs
-from gptlab.runs import shown
 
 log = logging.getLogger("gptlab")
 
@@ -30,7 +29,7 @@ def announce(run: Path, data: Any, module: Any, trainer: Any, memory: str | None
         log.info(textwrap.fill(f"memory: {memory}", 80, subsequent_indent="  "))
     tokens = f"{data.batch_size * data.block_size:,}"
     log.info("tokens per optimizer step: %s (%d sequences x %d tokens)", tokens, data.batch_size, data.block_size)
-    log.info("run folder: %s", shown(run))
+    log.info("run folder: %s", runs.shown(run))
     if not any(isinstance(callback, Checkpointing) for callback in trainer.callbacks):
         log.warning(
             "NO CHECKPOINT will be there to resume or sample from: callbacks.checkpointing is left out (in a new run, "
@@ -50,7 +49,7 @@ def device_name(trainer: Any) -> str:
 
 
 def conclude(run: Path, data: Any, summary: dict[str, Any], start_step: int, hint: str | None, trust: bool) -> None:
-    best, place = summary["best"], shown(run)
+    best, place = summary["best"], runs.shown(run)
     speed = f", {summary['tokens_per_s']:,.0f} tokens/s while training" if summary["tokens_per_s"] else ""
     if summary["why"]:
         log.info("\nstopped at step %d: %s", summary["steps"], summary["why"])
@@ -126,7 +125,7 @@ def requeue() -> None:
 
 
 def resume_command(run: Path) -> str:
-    return f"python -m gptlab.train resume={shown(run)}"
+    return f"python -m gptlab.train resume={runs.shown(run)}"
 
 
 def saved_so_far(run: Path) -> str:

@@ -20,7 +20,8 @@ def last_state(run: Path) -> tuple[Path | None, dict[str, Any]]:
     damaged is set aside under another name.
 
     Raises:
-        ValueError: there are checkpoints, and none of them can be read.
+        ValueError: there are checkpoints, and none of them can be read; or there were some, and they are gone: beginning
+            anew, the run would write over what it logged.
     """
     from gptlab import checkpoint
 
@@ -39,16 +40,12 @@ def last_state(run: Path) -> tuple[Path | None, dict[str, Any]]:
         return path, {key: saved[key] for key in PLAIN if key in saved}
     if problems:
         raise ValueError("\n".join([*problems.values(), "there is nothing to go on from: start a new run"]))
-    return None, {}
-
-
-def check_nothing_lost(run: Path) -> None:
-    """Raises ValueError if a run without a checkpoint has had one: beginning anew, it would write over what it logged."""
     if (run / runs.SAVED).exists():
         raise ValueError(
             f"{run / 'checkpoints'} holds no checkpoint any more, and the run has had some: put them back, or start a new "
             f"run (to begin anew in this folder, remove {run / runs.SAVED})"
         )
+    return None, {}
 
 
 def set_aside(damaged: Path) -> None:

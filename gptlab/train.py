@@ -34,8 +34,7 @@ def train(cfg: Any) -> float | None:
     start_step = saved.get("global_step", 0)
     if saved and (finished := resume.already_finished(run, cfg.trainer, saved)):
         return finished["best"].get("val/loss")
-    if resuming and not saved:
-        resume.check_nothing_lost(run)
+
     data = make_data(cfg, resuming)
     resolved, tokenizer = plain(cfg), data.tokenizer.state()
     if saved:

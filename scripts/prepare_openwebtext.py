@@ -1,12 +1,11 @@
 """Documents -> token files for data=openwebtext. See --help."""
 
 import os
-import shlex
 import sys
 from pathlib import Path
 from typing import Any
 
-from gptlab import cli, config
+from gptlab import cli, config, runs
 
 
 def prepare_openwebtext(cfg: Any) -> None:
@@ -56,7 +55,7 @@ def prepare_openwebtext(cfg: Any) -> None:
         )
     plain = out.name.isascii() and out.name.replace("-", "_").isidentifier()
     name = f" data.name={out.name}" if plain and out.name != "openwebtext" else ""
-    print(f"\nnext:\n  python -m gptlab.train data=openwebtext data.path={shlex.quote(str(out))}{name}")
+    print(f"\nnext:\n  python -m gptlab.train data=openwebtext data.path={runs.shown(out)}{name}")
 
 
 def cores() -> int:

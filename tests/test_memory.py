@@ -146,10 +146,10 @@ def test_ten_million_tokens_of_vocabulary_are_refused_at_once_and_without_alloca
 
     unit = 1 if sys.platform == "darwin" else 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    began = time.perf_counter()
+    began = time.process_time()
     with pytest.raises(ValueError, match="takes about") as refused:
         check_fits(gpt2(vocab_size=10_000_000), 8, 24 * 2**30)
-    assert time.perf_counter() - began < 1
+    assert time.process_time() - began < 0.1
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak < 2**23 / unit
     text = str(refused.value)
     for part in ("parameters 28.9 GiB", "optimizer state 57.9 GiB", "activations", "24.0 GiB", "too large"):
