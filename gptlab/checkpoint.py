@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from gptlab.config import GPTConfig
 from gptlab.tokenizer import from_state
@@ -138,46 +138,6 @@ def build_model(config: dict[str, Any], vocab_size: int, block_size: int) -> nn.
     """
     arguments = {key: value for key, value in config.items() if key not in ("_target_", "compile")}
     return _build("model", config["_target_"], {"vocab_size": vocab_size, "block_size": block_size, **arguments})
-
-
-@torch.no_grad()
-def check_model(model: nn.Module, vocab_size: int, block_size: int) -> None:
-    """Whether a user's own model offers what GPTModule's docstring asks for, by trying it on a few tokens.
-
-    Raises:
-        ValueError: the text says what is missing or wrong; that it looks ahead would otherwise show as a loss near 0.
-    """
-    name = type(model).__name__
-    if not isinstance(model, nn.Module) or not any(p.requires_grad for p in model.parameters()):
-        raise ValueError(f"model._target_: {name} must be a torch.nn.Module with parameters to train")
-    for key, value in (("vocab_size", vocab_size), ("block_size", block_size)):
-        if getattr(model, key, None) != value:
-            raise ValueError(f"model._target_: {name} must keep its argument {key}={value} as the attribute {key}")
-    T = min(block_size, 128)
-    ids = torch.arange(2 * T).view(2, T) % vocab_size
-    changed = (ids + 1) % vocab_size  # all of the second sequence, but of the first
-    changed[0, :-1] = ids[0, :-1]  # the last token alone
-    was_training = model.training
-    logits, others = model.eval()(ids), model(changed)
-    model.train(was_training)
-    shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-    if (
-        not isinstance(logits, Tensor)
-        or logits.dim() != 3
-        or logits.shape[:2] != ids.shape
-        or logits.shape[2] < vocab_size
-    ):
-        raise ValueError(
-            f"model._target_: {name} must map ids (B, T) to logits (B, T, V) with V >= vocab_size: for ids (2, {T}) and "
-            f"vocab_size={vocab_size} it returned {shape}"
-        )
-    if not torch.isfinite(logits[..., :vocab_size]).all():
-        raise ValueError(f"model._target_: {name} returns logits that are not finite, before any training")
-    if not torch.allclose(logits[0, :-1, :vocab_size], others[0, :-1, :vocab_size], rtol=1e-3, atol=1e-4):
-        raise ValueError(
-            f"model._target_: {name} looks ahead: its logits for a position change with later tokens, which it is to "
-            "predict, or with other sequences; mask them, as is_causal=True does in scaled_dot_product_attention"
-        )
 
 
 def build_tokenizer(state: dict[str, Any]) -> Any:

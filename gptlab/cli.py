@@ -21,7 +21,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from gptlab import config, mistakes, runs
+from gptlab import config, mistakes
+from gptlab import run as runs
 
 # Hydra's flags, those that take a value first.
 VALUE_FLAGS = ("--cfg", "-c", "--package", "-p", "--config-path", "-cp", "--config-name", "-cn", "--config-dir", "-cd",

@@ -512,7 +512,7 @@ def _data_problems(data: Any) -> Iterator[str]:
     if target == TextConfig._target_:
         yield from _text_problems(data)
     elif target == MemmapConfig._target_:
-        from gptlab.data.corpora import token_files
+        from gptlab.data.files import token_files
 
         if data.tokenizer not in (None, "gpt2"):
             yield f"data.tokenizer={data.tokenizer}: it must be gpt2, or null where meta.json says what it is"
@@ -523,7 +523,7 @@ def _data_problems(data: Any) -> Iterator[str]:
 
 
 def _text_problems(data: Any) -> Iterator[str]:
-    from gptlab.data.corpora import PYTHON_DOCS, text_files
+    from gptlab.data.files import PYTHON_DOCS, text_files
 
     if data.tokenizer not in ("char", "gpt2", "bpe"):
         yield f"data.tokenizer={data.tokenizer}: it must be char, gpt2 or bpe"

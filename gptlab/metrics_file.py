@@ -10,7 +10,7 @@ from typing import Any
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-from gptlab.runs import write_atomic
+from gptlab.run import write_atomic
 
 log = logging.getLogger(__name__)
 

@@ -6,7 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from gptlab import cli, reports, runs
+from gptlab import cli
+from gptlab import report as reports
+from gptlab import run as runs
 
 PLAIN = ("global_step", "config", "tokenizer", "data", "callbacks", "watch")  # of what is in a checkpoint
 OF_A_STEP = ("seed", "model.", "data.", "optim.", "trainer.", "callbacks.")  # config that decides what a run computes

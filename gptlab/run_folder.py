@@ -8,7 +8,8 @@ from typing import Any
 
 from hydra.experimental.callback import Callback
 
-from gptlab import cli, runs
+from gptlab import cli
+from gptlab import run as runs
 
 MADE = ("config.yaml", "run.json", "metrics.jsonl", "checkpoints", "summary.json")  # by a run, or a user's own files
 WRITTEN_INTO = ("checkpoints", "tensorboard", "train.log")  # the others are replaced as a whole

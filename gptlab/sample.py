@@ -4,7 +4,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from gptlab import cli, config, runs
+from gptlab import cli, config
+from gptlab import run as runs
 
 
 def sample(cfg: Any) -> None:

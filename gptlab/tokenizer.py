@@ -1,10 +1,9 @@
 """Text <-> token ids. A tokenizer's state is plain JSON, so that a checkpoint carries it."""
 
 import base64
-import json
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from functools import cached_property
 from typing import Any
 
@@ -206,32 +205,6 @@ def _lone_surrogate(text: str, at: int) -> str:
         f"{text[at]!r} (at position {at}) is a lone surrogate and not a character: it stands for a byte that is not "
         "UTF-8; give the text in UTF-8"
     )
-
-
-def check_tokenizer(tokenizer: Any, build: Callable[[dict], Any]) -> None:
-    """Whether a user's own tokenizer offers what WindowData's docstring asks for; `build` makes it from its state.
-
-    Raises:
-        ValueError: the text says what is missing or wrong.
-    """
-    name = f"data._target_: its tokenizer {type(tokenizer).__name__}"
-    needed = ("vocab_size", "encode", "decode", "token_bytes", "start", "state")
-    if missing := [part for part in needed if not hasattr(tokenizer, part)]:
-        raise ValueError(f"{name} lacks {', '.join(missing)}; all that is needed is in the docstring of WindowData")
-    ids, sizes = tokenizer.encode(tokenizer.start), tokenizer.token_bytes()
-    if not (isinstance(ids, np.ndarray) and ids.ndim == 1 and ids.dtype.kind in "iu" and len(ids)):
-        raise ValueError(f"{name}: encode(start) must be a numpy array of at least one integer, not {ids!r}")
-    if not isinstance(tokenizer.decode(ids.tolist()), str):
-        raise ValueError(f"{name}: decode(ids) must be a str")
-    if not (isinstance(sizes, np.ndarray) and sizes.shape == (tokenizer.vocab_size,) and sizes.dtype.kind in "iu"):
-        raise ValueError(f"{name}: token_bytes() must be a numpy array of {tokenizer.vocab_size} integers")
-    try:
-        json.dumps(tokenizer.state())
-    except TypeError as error:
-        raise ValueError(f"{name}: state() must hold plain values: {error}") from None
-    again = build(tokenizer.state())
-    if again.vocab_size != tokenizer.vocab_size:
-        raise ValueError(f"{name} has {tokenizer.vocab_size} tokens, and {again.vocab_size} when made from its state()")
 
 
 def code_points(text: str) -> np.ndarray:

@@ -12,7 +12,9 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from gptlab import cli, config, reports, resume, runs
+from gptlab import cli, config, resume
+from gptlab import report as reports
+from gptlab import run as runs
 
 log = logging.getLogger("gptlab")
 
@@ -103,8 +105,8 @@ def make_data(cfg: Any, resuming: bool) -> Any:
     from hydra.utils import instantiate
 
     from gptlab.checkpoint import build_tokenizer
-    from gptlab.data.windows import check_data
-    from gptlab.tokenizer import BPETokenizer, CharTokenizer, check_tokenizer
+    from gptlab.contracts import check_data, check_tokenizer
+    from gptlab.tokenizer import BPETokenizer, CharTokenizer
 
     if resuming and cfg.data.get("fallback") is not None:
         cfg.data.fallback = None  # it was not needed then; now it would be another text
@@ -159,7 +161,8 @@ def check_memory(resolved: dict[str, Any], data: Any) -> str | None:
 def make_module(resolved: dict[str, Any], data: Any) -> Any:
     import lightning as L
 
-    from gptlab.checkpoint import build_model, check_model, foreign_classes
+    from gptlab.checkpoint import build_model, foreign_classes
+    from gptlab.contracts import check_model
     from gptlab.module import GPTModule
 
     L.seed_everything(resolved["seed"], verbose=False)

@@ -16,7 +16,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from gptlab.data.corpora import python_docs
+from gptlab.data.files import python_docs
 from gptlab.tokenizer import CharTokenizer
 
 # nanoGPT's README settings for a CPU; gptlab's default model and data sizes are the same.

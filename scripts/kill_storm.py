@@ -29,7 +29,8 @@ import lightning as L
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from gptlab import checkpoint, runs
+from gptlab import checkpoint
+from gptlab import run as runs
 
 VAL_EVERY, SAVE_EVERY = 60, 16
 SETTINGS = [

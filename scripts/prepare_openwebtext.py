@@ -5,7 +5,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from gptlab import cli, config, runs
+from gptlab import cli, config
+from gptlab import run as runs
 
 
 def prepare_openwebtext(cfg: Any) -> None:
@@ -13,7 +14,7 @@ def prepare_openwebtext(cfg: Any) -> None:
     if problems := list(config.prepare_problems(cfg)):
         raise ValueError("\n".join(problems))
     from gptlab.data import bpe, documents, prepare
-    from gptlab.data.corpora import data_folder, text_files
+    from gptlab.data.files import data_folder, text_files
 
     out = Path(os.path.expanduser(cfg.out)) if cfg.out else data_folder(None) / "openwebtext"
     prepare.check_folder(out)

@@ -13,7 +13,7 @@ import pytest
 import tiktoken
 
 from gptlab.data import bpe
-from gptlab.data.corpora import download
+from gptlab.data.files import download
 
 # Where tiktoken looks for them: SHA-1 of their addresses, in the order in which they are fetched.
 CACHED = {

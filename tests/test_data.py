@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from conftest import TINY
 
-from gptlab.data import corpora
-from gptlab.data.corpora import TextFiles, data_folder, download, from_anywhere, python_docs, text_files
+from gptlab.data import files
+from gptlab.data.files import TextFiles, data_folder, download, from_anywhere, python_docs, text_files
 from gptlab.data.text import TextData
 
 TEXT = "To be, or not to be: that is the question.\n" * 20
@@ -313,7 +313,7 @@ BAD_UTF8 = [b"\xff", b"\x80", b"\xc3", b"\xc3(", b"\xe2\x82", b"\xf0\x9f\x98x", 
 @pytest.mark.parametrize("end", [b"", b" more"])
 def test_the_first_bad_byte_is_named_wherever_pieces_end(tmp_path, monkeypatch, bad, end):
     """Pieces of 4 bytes cut characters everywhere; the place must be the one that decoding the whole names."""
-    monkeypatch.setattr(corpora, "PIECE", 4)
+    monkeypatch.setattr(files, "PIECE", 4)
     file = tmp_path / "my text.txt"
     for before in range(9):
         content = "aé€🙂b".encode() + b"x" * before + bad + end
@@ -328,7 +328,7 @@ def test_the_first_bad_byte_is_named_wherever_pieces_end(tmp_path, monkeypatch, 
 
 @pytest.mark.parametrize("piece", [1, 2, 3, 5, 7, 1 << 18])
 def test_characters_survive_the_ends_of_pieces(tmp_path, monkeypatch, piece):
-    monkeypatch.setattr(corpora, "PIECE", piece)
+    monkeypatch.setattr(files, "PIECE", piece)
     rng = np.random.default_rng(piece)
     text = "".join(rng.choice(list("ab\r\n\0é€🙂\ufeff\u2028"), size=300))
     for name, part in (("a.txt", text[:100]), ("b.txt", ""), ("c.txt", text[100:])):
@@ -407,7 +407,7 @@ def test_a_text_for_validation(texts):
 )
 def test_validation_texts_that_cannot_be_used(tmp_path, monkeypatch, val_texts, needed):
     """Characters that training never shows are named with their place, also in a later piece of a later file."""
-    monkeypatch.setattr(corpora, "PIECE", 2)
+    monkeypatch.setattr(files, "PIECE", 2)
     (tmp_path / "a.txt").write_text("abc" * 100)
     for i, text in enumerate(val_texts):
         (tmp_path / f"v{i}.txt").write_text(text, encoding="utf-8")
@@ -442,7 +442,7 @@ def test_tiny_texts(tmp_path, text, block_size, lengths):
 
 def test_finding_files_needs_neither_torch_nor_numpy():
     """Configs are checked before torch is imported, to fail within a second."""
-    code = "import sys, gptlab.data.corpora; print({'torch', 'numpy', 'lightning'} & set(sys.modules))"
+    code = "import sys, gptlab.data.files; print({'torch', 'numpy', 'lightning'} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "set()\n"
 
 

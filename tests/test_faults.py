@@ -15,7 +15,8 @@ import yaml
 from conftest import DROPOUT, TINY, assert_same_end
 from omegaconf import OmegaConf
 
-from gptlab import checkpoint, resume, runs
+from gptlab import checkpoint, resume
+from gptlab import run as runs
 from gptlab.run_folder import RunFolder
 
 RUN = [*DROPOUT, "trainer.checkpoint_every=3", "hydra.run.dir=run"]

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from gptlab.data import bpe
-from gptlab.data.corpora import python_docs
+from gptlab.data.files import python_docs
 from gptlab.tokenizer import CharTokenizer, from_state
 
 SEED = 4

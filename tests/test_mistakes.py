@@ -13,7 +13,8 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 
-from gptlab import cli, config, mistakes, runs
+from gptlab import cli, config, mistakes
+from gptlab import run as runs
 from gptlab.config import CONF
 from gptlab.data.windows import window_starts
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 import yaml
 
-from gptlab.checkpoint import check_model
-from gptlab.data.windows import WindowData, check_data
+from gptlab.contracts import check_data, check_model, check_tokenizer
+from gptlab.data.windows import WindowData
 from gptlab.sample import pieces
-from gptlab.tokenizer import CharTokenizer, check_tokenizer
+from gptlab.tokenizer import CharTokenizer
 
 TINY = ["hardware=cpu", "trainer.max_steps=4", "trainer.val_every=2", "trainer.log_every=1", "optim.warmup_steps=1",
         "optim.decay_steps=20", "callbacks.sample_text.max_new_tokens=5"]  # fmt: skip

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from gptlab.data import bpe, corpora
-from gptlab.data.corpora import python_docs
+from gptlab.data import bpe, files
+from gptlab.data.files import python_docs
 from gptlab.data.text import TextData
 from gptlab.sample import pieces
 from gptlab.tokenizer import BPETokenizer
@@ -37,7 +37,7 @@ def kind(request) -> dict:
 def test_the_split_is_by_characters(tmp_path, monkeypatch, kind, piece):
     """The same as encoding both parts on their own, however the file is read; a split by tokens, as the second
     assertion says, would be another."""
-    monkeypatch.setattr(corpora, "PIECE", piece)
+    monkeypatch.setattr(files, "PIECE", piece)
     (tmp_path / "a.txt").write_bytes(TEXT.encode())
     data = text_data(tmp_path / "a.txt", **kind)
     tokenizer = data.tokenizer

@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from gptlab.data import bpe
-from gptlab.data.corpora import python_docs
+from gptlab.data.files import python_docs
 from gptlab.tokenizer import MAX_VOCAB_SIZE, BPETokenizer, CharTokenizer, from_state, whole_words
 
 TEXT = "Zoë said: “naïve” 🙂\n\ttwice 🙂\u2028"
@@ -405,7 +405,7 @@ def test_the_same_text_gives_the_same_tokens_in_whatever_pieces(size):
 def test_the_same_text_gives_the_same_tokens_in_another_process():
     """With other hash seeds and another number of threads."""
     code = (
-        "from gptlab.data import bpe; from gptlab.data.corpora import python_docs; "
+        "from gptlab.data import bpe; from gptlab.data.files import python_docs; "
         "print(bpe.learn([python_docs()[:50_000]], 700).state()['tokens'])"
     )
     environment = os.environ | {"RAYON_NUM_THREADS": "3", "PYTHONHASHSEED": "1"}

@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
-from gptlab.runs import SAVED
+from gptlab.run import SAVED
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):

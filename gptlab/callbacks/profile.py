@@ -10,7 +10,7 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from gptlab.runs import write_atomic
+from gptlab.run import write_atomic
 
 log = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from gptlab.config import MAX_VOCAB_SIZE
-from gptlab.data.corpora import download
+from gptlab.data.files import download
 from gptlab.tokenizer import BPETokenizer, whole_words
 
 # OpenAI's files of GPT-2, and their SHA-256.

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from gptlab.data.corpora import TextFiles
+from gptlab.data.files import TextFiles
 
 PART = 4 << 20  # bytes of a file
 PARQUET_PART = 64 << 20  # there each part is looked for from the beginning of its row group

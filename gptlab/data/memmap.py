@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from gptlab.data import bpe
-from gptlab.data.corpora import data_folder, token_files
 from gptlab.data.documents import parts_of
+from gptlab.data.files import data_folder, token_files
 from gptlab.data.prepare import prepare
 from gptlab.data.windows import WindowData, spread
 from gptlab.tokenizer import from_state, id_type

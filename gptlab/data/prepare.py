@@ -32,7 +32,7 @@ import numpy as np
 from tqdm import tqdm
 
 from gptlab.data.documents import Part, read
-from gptlab.runs import write_json
+from gptlab.run import write_json
 from gptlab.tokenizer import BPETokenizer, from_state, id_type
 
 COPY = 1 << 20  # tokens that are copied at a time

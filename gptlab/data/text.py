@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from gptlab.data import bpe
-from gptlab.data.corpora import PYTHON_DOCS, TextFiles, data_folder, download, from_anywhere, python_docs
+from gptlab.data.files import PYTHON_DOCS, TextFiles, data_folder, download, from_anywhere, python_docs
 from gptlab.data.windows import WindowData
 from gptlab.tokenizer import CharTokenizer, code_points, id_type, whole_words
 

@@ -5,7 +5,6 @@ s * batch_size ... (s + 1) * batch_size - 1, and each process a contiguous share
 neither on the number of processes or workers nor on where a run was interrupted.
 """
 
-import json
 import signal
 import time
 from collections.abc import Iterator, Sequence
@@ -294,23 +293,3 @@ def spread(total: int, piece: int, most: int) -> Sequence[int]:
     to end."""
     starts = range(0, total, piece)
     return starts if len(starts) <= most else [i * (total - piece) // (most - 1) for i in range(most)]
-
-
-def check_data(data: Any) -> None:
-    """Whether a user's own data set offers what WindowData's docstring asks for; its tokenizer has a check of its own.
-
-    Raises:
-        ValueError: the text says what is missing or wrong.
-    """
-    name = f"data._target_: {type(data).__name__}"
-    needed = ("tokenizer", "record", "resolved", "warning", "block_size", "batch_size", "micro_batch_size")
-    if missing := [part for part in needed if not hasattr(data, part)]:
-        raise ValueError(f"{name} lacks {', '.join(missing)}; all that is needed is in the docstring of WindowData")
-    if isinstance(data, WindowData) and not data.checked:
-        data.check_lengths(f"data={data.name}")
-    try:
-        json.dumps(data.record)
-    except TypeError as error:
-        raise ValueError(f"{name}: record must hold plain values: {error}") from None
-    if not {"name", "sha256"} <= data.record.keys():
-        raise ValueError(f"{name}: record must have name and sha256, and has {', '.join(data.record)}")

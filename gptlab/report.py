@@ -9,7 +9,8 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from gptlab import cli, mistakes, runs
+from gptlab import cli, mistakes
+from gptlab import run as runs
 
 log = logging.getLogger("gptlab")
 

@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from gptlab.runs import write_atomic
+from gptlab.run import write_atomic
 
 PYTHON_DOCS = "python_docs"
 PIECE = 1 << 18  # bytes read at a time: what is made of them stays in the processor's cache
