@@ -21,8 +21,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from hydra.experimental.callback import Callback
+
 from gptlab import config, mistakes
 from gptlab import run as runs
+from gptlab.errors import UserError
+from gptlab.resume import check_changes
+from gptlab.run import is_first_process
 
 # Hydra's flags, those that take a value first.
 VALUE_FLAGS = ("--cfg", "-c", "--package", "-p", "--config-path", "-cp", "--config-name", "-cn", "--config-dir", "-cd",
@@ -33,10 +38,6 @@ DATA_PATHS = ("data.path", "data.val_path", "data.folder")
 # Free text, which Hydra's grammar would trip over: taken word for word, except in sweeps.
 TEXT_KEYS = ("prompt", "prompt_file", "ckpt", *DATA_PATHS, "path", "out", "hub_split", "callbacks.sample_text.prompt")
 LONGEST, DEEPEST = 2000, 50  # characters and brackets of an override that is no text
-# How long to train, and what is the machine's: neither changes what a step does. (Data are compared by their checksums.)
-RESUME_MAY_CHANGE = ("trainer.max_steps", "trainer.max_time", "optim.decay_steps", "optim.skip_nonfinite", "trainer.accelerator",
-                     "trainer.devices", "trainer.num_nodes", "trainer.strategy", "trainer.log_every",
-                     "trainer.checkpoint_every", "data.workers", "data.micro_batch_size", *DATA_PATHS)  # fmt: skip
 
 hardware_note = ""  # which hardware was chosen and why, for the log
 
@@ -157,11 +158,6 @@ def _prepare(argv: list[str], entry: str) -> list[str]:
     return flags + overrides
 
 
-def is_first_process() -> bool:
-    """Among those of one run that torchrun, srun or Lightning started; the only one that writes into the run folder."""
-    return all(os.environ.get(rank, "0") == "0" for rank in ("RANK", "SLURM_PROCID", "LOCAL_RANK"))
-
-
 def _split(argv: list[str]) -> tuple[list[str], list[str]]:
     """Flags (with their values) and overrides, in whatever order they were typed."""
     flags, overrides, rest = [], [], list(argv)
@@ -239,29 +235,11 @@ def _quote(text: str) -> str:
 
 def _resume(run: str, flags: list[str], given: dict[str, str]) -> tuple[list[str], list[str]]:
     """Compose from the run folder's resolved config instead of conf/, into that folder."""
-    import yaml
-
     if {"-m", "--multirun"} & set(flags):
         raise ValueError("resume goes on with one run; it cannot be combined with a sweep (-m)")
-    if refused := [key for key in given if key not in RESUME_MAY_CHANGE]:
-        last = {key.rpartition(".")[2]: key for key in RESUME_MAY_CHANGE}
-        meant = [
-            last[near] for key in refused for near in difflib.get_close_matches(key.rpartition(".")[2], last, 1, 0.8)
-        ]
-        raise ValueError(
-            f"a resumed run keeps its config; not to be changed: {', '.join(refused)}"
-            + (f" (did you mean {', '.join(meant)}?)" if meant else "")
-            + f". Allowed: {', '.join(RESUME_MAY_CHANGE)}. With anything else, start a new run"
-        )
-    if "optim.decay_steps" in given and "trainer.max_steps" not in given:
-        raise ValueError("optim.decay_steps changes the schedule of a longer run: it goes with trainer.max_steps")
-    folder = runs.find_run(run).resolve()
-    try:
-        saved = yaml.safe_load((folder / "config.yaml").read_text("utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError):
-        saved = None
-    if not isinstance(saved, dict):
-        raise ValueError(f"{folder / 'config.yaml'} is damaged: put it back (a checkpoint has the same under 'config')")
+    check_changes(given)
+    folder = runs.Run.find(run).folder.resolve()
+    saved = runs.Run(folder).read_config()
     if "trainer.checkpoint_every" in given and (saved.get("callbacks") or {}).get("checkpointing"):  # a number by now
         given["callbacks.checkpointing.every"] = given["trainer.checkpoint_every"]
     flags = [*flags, "--config-path", str(folder), "--config-name", "config", "--config-dir", str(config.CONF)]
@@ -343,3 +321,15 @@ def _sweep_job(entry: str, cfg: Any) -> float | None:
         raise CompactHydraException(f"the job in {folder} ended with status {status}; what it said is above")
     summary = folder / "summary.json"  # sampling leaves none
     return json.loads(summary.read_text("utf-8"))["best"].get("val/loss") if summary.exists() else None
+
+
+class RunFolder(Callback):
+    """Claims the run folder before Hydra writes anything into it."""
+
+    def on_run_start(self, config: Any, **_: Any) -> None:
+        if is_first_process():
+            try:
+                runs.Run(config.hydra.run.dir).claim(resuming=config.resume is not None)
+            except UserError as error:
+                print(f"\nerror: {error}", file=sys.stderr)  # an exception would become a warning of Hydra's
+                sys.exit(2)

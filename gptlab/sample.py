@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from gptlab import cli, config
-from gptlab import run as runs
+from gptlab.run import find_checkpoint
 
 
 def sample(cfg: Any) -> None:
@@ -14,7 +14,7 @@ def sample(cfg: Any) -> None:
         raise ValueError("ckpt is missing: give a run folder or a checkpoint file, ckpt=outputs/NAME/DATE")
     if problems := list(config.value_problems(cfg)):
         raise ValueError("\n".join(problems))
-    path = runs.find_checkpoint(cfg.ckpt, ("best", "last", "previous"))
+    path = find_checkpoint(cfg.ckpt)
     text = read_prompt(cfg.prompt, cfg.prompt_file)
 
     import torch

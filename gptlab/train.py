@@ -3,7 +3,6 @@
 import dataclasses
 import gc
 import logging
-import math
 import os
 import shutil
 import sys
@@ -12,11 +11,11 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from gptlab import cli, config, resume
-from gptlab import report as reports
-from gptlab import run as runs
+from gptlab import cli, config, report, resume
+from gptlab.run import Run
 
 log = logging.getLogger("gptlab")
+KNOWN = {schema._target_ for schema in config.SCHEMAS.values()} | {"gptlab.loggers.CSVTable"}
 
 
 def train(cfg: Any) -> float | None:
@@ -25,37 +24,41 @@ def train(cfg: Any) -> float | None:
 
     started = time.perf_counter()
     gc.disable()  # until training starts: going through a million new objects would be a quarter of the start
-    run = Path(HydraConfig.get().runtime.output_dir)
+    run = Run(HydraConfig.get().runtime.output_dir)
     resuming = cfg.resume is not None
     config.check(cfg)
-    from gptlab import checkpoint
+    from gptlab import checkpoint, targets
+    from gptlab.loggers import make_loggers
 
     quiet_lightning()
     settle_machine(cfg)
-    ckpt, saved = resume.last_state(run) if resuming else (None, {})
+    ckpt, saved = resume.find_state(run) if resuming else (None, {})
     start_step = saved.get("global_step", 0)
-    if saved and (finished := resume.already_finished(run, cfg.trainer, saved)):
+    t = cfg.trainer
+    if saved and (finished := resume.finished_summary(run, saved, t.max_steps, t.max_time)):
+        report.already_finished(run, finished)
         return finished["best"].get("val/loss")
 
     data = make_data(cfg, resuming)
     resolved, tokenizer = plain(cfg), data.tokenizer.state()
     if saved:
-        resume.check_same_run(ckpt, saved, resolved)
-        resume.check_same_data(saved, data)
+        resume.check_same_run(ckpt, saved, resolved, data.record, tokenizer)
     memory = check_memory(resolved, data)
     module = make_module(resolved, data)
-    trainer = make_trainer(cfg, run, data, make_loggers(cfg, run, data.record, saved))
+    trust = bool(targets.foreign_targets(resolved, KNOWN))
+    loggers = make_loggers(resolved["logger"], run, data.record, saved, resuming)
+    trainer = make_trainer(cfg, run.folder, data, loggers)
+    resumed_at = start_step if resuming else None
     if trainer.is_global_zero:
-        device = reports.device_name(trainer)
-        runs.record(run, resolved, data.record, tokenizer, device, resumed_at=start_step if resuming else None)
-        reports.announce(run, data, module, trainer, memory, start_step if resuming else None)
-    fit(trainer, module, data, ckpt, run)
-    summary = reports.summarise(run, trainer, module, data, seconds=time.perf_counter() - started)
+        device = report.device_name(trainer)
+        run.write_record(resolved, data=data.record, tokenizer=tokenizer, device=device, resumed_at=resumed_at)
+        report.announce(run, data, module, trainer, hardware=cli.hardware_note, memory=memory, resumed_at=resumed_at)
+    fit(trainer, module, data, ckpt, run, trust)
+    summary = report.summarize(run, trainer, module, data, seconds=time.perf_counter() - started)
     if trainer.is_global_zero:
-        runs.write_json(run / "summary.json", summary)
-        trust = bool(checkpoint.foreign_classes(resolved["model"], tokenizer))
-        hint = module.watch.clipping_hint()
-        reports.conclude(run, data, summary, start_step, hint, trust)
+        run.write_summary(summary)
+        custom = targets.foreign_targets([resolved["model"], tokenizer], {checkpoint.GPT_TARGET})
+        report.conclude(run, data, summary, start_step, sample_arguments="trust=true" if custom else "", trust=trust)
     return summary["best"].get("val/loss")
 
 
@@ -137,10 +140,10 @@ def check_memory(resolved: dict[str, Any], data: Any) -> str | None:
     import torch
 
     from gptlab import memory
-    from gptlab.checkpoint import foreign_classes
+    from gptlab.checkpoint import GPT_TARGET
 
     t = resolved["trainer"]
-    if foreign_classes(resolved["model"], {}):
+    if resolved["model"]["_target_"] != GPT_TARGET:
         return None
     device = torch.device("cpu") if t["accelerator"] == "cpu" else torch.accelerator.current_accelerator()
     share = -(-data.batch_size // (t["devices"] * t["num_nodes"]))
@@ -161,13 +164,13 @@ def check_memory(resolved: dict[str, Any], data: Any) -> str | None:
 def make_module(resolved: dict[str, Any], data: Any) -> Any:
     import lightning as L
 
-    from gptlab.checkpoint import build_model, foreign_classes
+    from gptlab.checkpoint import GPT_TARGET, build_model, portable_config
     from gptlab.contracts import check_model
     from gptlab.module import GPTModule
 
     L.seed_everything(resolved["seed"], verbose=False)
     model = build_model(resolved["model"], data.tokenizer.vocab_size, data.block_size)
-    if foreign_classes(resolved["model"], {}):
+    if resolved["model"]["_target_"] != GPT_TARGET:
         check_model(model, data.tokenizer.vocab_size, data.block_size)
     if resolved["model"].get("compile"):
         model.compile()  # in place: the parameters keep their names
@@ -178,7 +181,7 @@ def make_module(resolved: dict[str, Any], data: Any) -> Any:
         seed=resolved["seed"],
         micro_batch_size=data.micro_batch_size,
         log_every=resolved["trainer"]["log_every"],
-        record={"config": runs.without_paths(resolved), "tokenizer": data.tokenizer.state(), "data": data.record},
+        record={"config": portable_config(resolved), "tokenizer": data.tokenizer.state(), "data": data.record},
     )
 
 
@@ -231,45 +234,21 @@ def make_trainer(cfg: Any, run: Path, data: Any, loggers: list[Any]) -> Any:
         raise ValueError(f"Lightning cannot be set up with these trainer.* values: {error}") from error
 
 
-def make_loggers(cfg: Any, run: Path, data_record: dict[str, str], saved: dict[str, Any]) -> list[Any]:
-    """metrics.jsonl and the logger of the config, both without what will be logged once more after a resume from the
-    checkpoint `saved` ({}: from the start)."""
-    from hydra.utils import instantiate
-
-    from gptlab.metrics_file import MetricsFile
-
-    start_step = saved.get("global_step", 0)
-    due = saved != {} and saved["callbacks"]["Interrupts"]["validation_due_at"] is not None
-    metrics = MetricsFile(run / "metrics.jsonl", start_step, data_record, validation_due=due)
-    if cfg.logger is None:
-        return [metrics]
-    if cfg.resume is None or "TensorBoard" not in cfg.logger._target_:
-        return [metrics, instantiate(cfg.logger, save_dir=str(run))]
-    # From this step on, TensorBoard hides what it has. It knows whole steps only: what is kept of one is given again.
-    purge_step = start_step + 1 if start_step and not due else start_step
-    tensorboard = instantiate(cfg.logger, save_dir=str(run), purge_step=purge_step)
-    for entry in metrics.kept() if due else []:
-        if entry["step"] == start_step:
-            values = {name: math.nan if value is None else value for name, value in entry.items() if name != "step"}
-            tensorboard.log_metrics(values, start_step)
-    return [metrics, tensorboard]
-
-
-def fit(trainer: Any, module: Any, data: Any, ckpt: Path | None, run: Path) -> None:
+def fit(trainer: Any, module: Any, data: Any, ckpt: Path | None, run: Run, trust: bool) -> None:
     """Train; whatever ends that early, say how to go on."""
     from tqdm.contrib.logging import logging_redirect_tqdm
 
-    from gptlab.callbacks.interrupts import Interrupts
+    from gptlab.callbacks.interrupts import Interrupted, Interrupts
 
     describe(trainer, module.record["config"])
     gc.freeze()
     gc.enable()
     interrupts = next(callback for callback in trainer.callbacks if isinstance(callback, Interrupts))
     try:
-        with logging_redirect_tqdm(), interrupts.listening():
+        with logging_redirect_tqdm(), interrupts.listening(trainer):
             trainer.fit(module, data, ckpt_path=ckpt, weights_only=True)
-    except (Exception, SystemExit) as error:
-        sys.exit(reports.ended_early(error, trainer, run))
+    except (Exception, SystemExit, Interrupted) as error:
+        sys.exit(report.ended_early(error, trainer, run, trust=trust))
 
 
 def describe(trainer: Any, resolved: dict[str, Any]) -> None:
