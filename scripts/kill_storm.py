@@ -30,7 +30,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from gptlab import checkpoint
-from gptlab import run as runs
+from gptlab.run import Run
 
 VAL_EVERY, SAVE_EVERY = 60, 16
 SETTINGS = [
@@ -174,7 +174,7 @@ def whole_files(run: Path) -> int:
             json.loads(text)
     except ValueError as error:
         sys.exit(f"a broken file: {error}")
-    return saved.get(next(iter(runs.checkpoints(run)), None), 0)
+    return saved.get(next(iter(Run(run).checkpoints()), None), 0)
 
 
 def draw(rng: random.Random, kills: list[int], start_ups: int, steps: int) -> list[tuple[str, int]]:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from gptlab import cli, config
-from gptlab import run as runs
+from gptlab.run import shell_path
 
 
 def prepare_openwebtext(cfg: Any) -> None:
@@ -56,7 +56,7 @@ def prepare_openwebtext(cfg: Any) -> None:
         )
     plain = out.name.isascii() and out.name.replace("-", "_").isidentifier()
     name = f" data.name={out.name}" if plain and out.name != "openwebtext" else ""
-    print(f"\nnext:\n  python -m gptlab.train data=openwebtext data.path={runs.shown(out)}{name}")
+    print(f"\nnext:\n  python -m gptlab.train data=openwebtext data.path={shell_path(out)}{name}")
 
 
 def cores() -> int:

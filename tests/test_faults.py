@@ -13,11 +13,11 @@ import pytest
 import torch
 import yaml
 from conftest import DROPOUT, TINY, assert_same_end
+from gptlab.run_folder import RunFolder
 from omegaconf import OmegaConf
 
 from gptlab import checkpoint, resume
 from gptlab import run as runs
-from gptlab.run_folder import RunFolder
 
 RUN = [*DROPOUT, "trainer.checkpoint_every=3", "hydra.run.dir=run"]
 FULL = """
