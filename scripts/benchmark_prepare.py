@@ -90,7 +90,7 @@ def raw_tiktoken(texts: list[str]) -> float:
 def ceiling(documents: Path, cores: int) -> float:
     size = min(documents.stat().st_size // cores, 40_000_000)
     parts = [Part("jsonl", str(documents), i * size, (i + 1) * size, size) for i in range(cores)]
-    shares = [[text for text, _ in read(part, "text")] for part in parts]
+    shares = [[text for text in read(part, "text")] for part in parts]
     with multiprocessing.get_context("spawn").Pool(cores) as pool:
         return sum(pool.map(raw_tiktoken, shares, chunksize=1))
 
