@@ -100,7 +100,9 @@ def busy_note(threads: int) -> str | None:
     others = (everyone - ours) / max(seconds, 1e-3)
     if others < 0.3 or os.cpu_count() - others > threads - 0.3:
         return None
-    return f"other processes use {others:.1f} of {os.cpu_count()} cores; this run will be slower than on an idle machine"
+    return (
+        f"other processes use {others:.1f} of {os.cpu_count()} cores; this run will be slower than on an idle machine"
+    )
 
 
 @contextlib.contextmanager
@@ -108,6 +110,9 @@ def errors_as_text(composing: Callable[[], bool] = lambda: False) -> Iterator[No
     """Print a user's mistake as its text alone and exit with 2."""
     try:
         yield
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        sys.exit(130)
     except BrokenPipeError:  # `| head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         sys.exit(1)
@@ -134,7 +139,7 @@ def explain(error: BaseException, composing: bool = False) -> str | None:
         case MissingConfigException(missing_cfg_file=str(file)) if "/" in file:
             group, _, name = file.rpartition("/")
             options = error.options or sorted(path.stem for path in (config.CONF / group).glob("*.yaml"))
-            return f"{group}={name}: unknown option{did_you_mean(name, options)}; all: {', '.join(options)}"
+            return f"{group}={name}: unknown option{did_you_mean(name, options)} All: {', '.join(options)}"
         case OverrideParseException(override=given) if "=" in given:
             key, _, value = given.lstrip("+").partition("=")
             return f"{key}={value}: cannot be parsed; quote special characters for the shell and for Hydra: \"{key}='{value}'\""
@@ -148,7 +153,7 @@ def explain(error: BaseException, composing: bool = False) -> str | None:
         texts = [str(e) for e in chain if str(e)]
         detail = next((str(e) for e in chain if isinstance(e, OmegaConfBaseException | YAMLError)), "")
         lines = (texts[0] if detail in texts[0] else f"{texts[0]}\n{detail}").split("\n")
-        return "\n".join(lines[:4]) + "\n(HYDRA_FULL_ERROR=1 shows where it comes from)"
+        return "\n".join(lines[:4]).replace("++", "") + "\n(HYDRA_FULL_ERROR=1 shows where it comes from)"
     return None
 
 
@@ -192,6 +197,8 @@ def _refuse_flags(message: str) -> None:
 
 def _accept_any_key(override: str, groups: set[str], quote: bool) -> str:
     key, is_setting, value = override.partition("=")
+    if key in ("callbacks", "logger") and value == "null":
+        raise UserError(f"{override}: choose an option; to leave {key} out: '~{key}'")
     if not is_setting or key.startswith(("++", "~", "hydra")) or key in groups or not re.fullmatch(r"\+?[\w.]+", key):
         return override
     key = key.removeprefix("+")
@@ -252,7 +259,7 @@ def replace_missing_data(overrides: list[str], config_dir: str | None) -> list[s
     if not fallback or not data.get("url") or data["path"]:
         return []
     try:
-        files.fetch_named(data)
+        files.fetch(data["url"], data["sha256"], files.data_folder(data["folder"]) / data["file"])
     except UserError as error:
         notes.append(
             f"\n*** WARNING: {error}\n*** Training on {fallback} instead (data.fallback=null makes this an error). ***\n"

@@ -109,7 +109,7 @@ class Text(Windows):
     vocab_size: VocabSize | None
     url: Str | None
     sha256: Str | None
-    file: Str | None
+    file: Str
     folder: Str | None
     fallback: Str | None
 
@@ -208,6 +208,7 @@ NODES = {
     "gptlab.callbacks.debug.Profile": _node("Profile", skip_steps=Size, steps=Count),
     "lightning.pytorch.loggers.TensorBoardLogger": _node("TensorBoard", name=Str, version=Str, default_hp_metric=bool),
     "lightning.pytorch.loggers.WandbLogger": Wandb,
+    "gptlab.loggers.CSVTable": _node("CSVTable"),
 }
 
 

@@ -43,6 +43,19 @@ def require_trust(source: Path | str, config: Any, known: Collection[str], trust
     return foreign
 
 
+def instantiate(key: str, node: dict[str, Any], **arguments: Any) -> Any:
+    """Build a node of the config, after the nodes nested in it that have a `_target_`, as Hydra's instantiate does."""
+
+    def resolve(value: Any) -> Any:
+        if isinstance(value, dict):
+            value = {name: resolve(item) for name, item in value.items()}
+            return instantiate(key, value) if "_target_" in value else value
+        return [resolve(item) for item in value] if isinstance(value, list) else value
+
+    values = {name: resolve(value) for name, value in node.items() if name != "_target_"}
+    return build(key, node["_target_"], {**values, **arguments})
+
+
 def build(key: str, target: Any, arguments: dict[str, Any]) -> Any:
     """Call the class that the config's node `key` names.
 

@@ -1,6 +1,6 @@
 """python -m gptlab.train: one training run, from a checked config to a finished run folder.
 
-    config -> data -> memory estimate -> module -> trainer -> fit -> summary.json
+config -> data -> memory estimate -> module -> trainer -> fit -> summary.json
 """
 
 import functools
@@ -77,7 +77,9 @@ def resolve_autos(cfg: config.Train) -> None:
         raise UserError(f"{key}=gpu, but torch sees no accelerator; use {key}=cpu, or install a torch built for yours")
     compilers = (os.environ.get("CXX", "g++"), "clang++")
     if cfg.model.get("compile") and not on_gpu and not any(map(shutil.which, compilers)):
-        raise UserError(f"model.compile=true needs a C++ compiler ({' or '.join(compilers)}); install one, or leave it out")
+        raise UserError(
+            f"model.compile=true needs a C++ compiler ({' or '.join(compilers)}); install one, or leave it out"
+        )
     if on_gpu:
         torch.set_float32_matmul_precision("high")  # TF32 for what stays in 32 bits, as in nanoGPT
     cuda = on_gpu and torch.cuda.is_available()

@@ -6,15 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from gptlab import cli, config
-from gptlab import run as runs
 from gptlab.data.files import available_cores, data_folder, load_gpt2_tokenizer, text_files
 from gptlab.errors import UserError
+from gptlab.run import Run
 
 
-def prepare_openwebtext(cfg: Any) -> None:
+def prepare_openwebtext(cfg: config.Prepare) -> None:
     """Tokenize a data set of the Hugging Face hub, or local files, into `out`."""
-    if problems := list(config.prepare_problems(cfg)):
-        raise UserError("\n".join(problems))
     from gptlab.data import documents, prepare
     from gptlab.tokenizer import BPETokenizer
 
@@ -30,7 +28,7 @@ def prepare_openwebtext(cfg: Any) -> None:
     else:
         dataset = load_dataset(cfg.hub, cfg.hub_config, cfg.hub_split, cfg.hub_revision, cfg.text_key)
         parts = documents.parts_of_dataset(dataset)
-        source = {key: cfg[key] for key in ("hub", "hub_config", "hub_split", "hub_revision")}
+        source = {key: getattr(cfg, key) for key in ("hub", "hub_config", "hub_split", "hub_revision")}
     print(f"{len(parts):,} parts, {sum(part.size for part in parts) / 1e6:,.0f} MB -> {out}", flush=True)
     if tokenizer is None:
         print(f"learning {cfg.vocab_size:,} tokens from a sample of up to 100 MB", flush=True)
@@ -83,7 +81,7 @@ def summarize(out: Path, meta: dict[str, Any], text_key: str) -> None:
         )
     is_name = out.name.isascii() and out.name.replace("-", "_").isidentifier() and out.name != "openwebtext"
     print(
-        f"\nnext:\n  python -m gptlab.train data=openwebtext data.path={runs.shown(out)}{f' data.name={out.name}' * is_name}"
+        f"\nnext:\n  python -m gptlab.train data=openwebtext data.path={Run(out)}{f' data.name={out.name}' * is_name}"
     )
 
 
