@@ -171,24 +171,37 @@ def arrange(argv: list[str], entry: str) -> list[str]:
     groups = {path.name for folder in (config.CONF, Path(parsed.config_dir or config.CONF)) if folder.is_dir()
               for path in folder.iterdir() if path.is_dir()}  # fmt: skip
     overrides = [_accept_any_key(override, groups, quote=not parsed.multirun) for override in parsed.overrides]
-    if parsed.multirun and entry == "prepare":
-        raise UserError("-m: data are prepared one folder at a time")
-    if parsed.multirun and any(override.startswith("++resume=") for override in overrides):
-        raise UserError("resume continues one run and cannot be combined with a sweep (-m)")
-    if parsed.multirun and any(override.startswith("hydra.run.dir=") for override in overrides):
-        raise UserError("hydra.run.dir is the folder of a single run; with -m use hydra.sweep.dir=FOLDER")
+    resuming = any(override.startswith("++resume=") for override in overrides)
+    if parsed.multirun:
+        _check_sweep_flags(entry, overrides, resuming)
+    is_ddp_child = any(
+        "train_ddp_process_" in override for override in overrides
+    )  # Lightning names the run folder itself
+    if resuming and not is_ddp_child and any(override.startswith("hydra.run.dir=") for override in overrides):
+        raise UserError("a resumed run stays in its folder; leave out hydra.run.dir")
     if not is_first_process():  # the first one writes and speaks for all
-        new_run = not any("train_ddp_process_" in override for override in overrides)
-        own = [f"hydra.run.dir={_quote(tempfile.mkdtemp())}"] if new_run else []
+        own = [] if resuming or is_ddp_child else [f"hydra.run.dir={_quote(tempfile.mkdtemp())}"]
         overrides += [*own, "hydra.output_subdir=null", "hydra/job_logging=none"]
-    if entry == "train" and not any(o.startswith("++resume=") for o in overrides):
-        if not any(o.startswith("hardware=") for o in overrides):
+    if entry == "train" and not resuming:
+        if not any(override.startswith("hardware=") for override in overrides):
             overrides.append(f"hardware={detect_hardware()}")
         if is_first_process():
             overrides += replace_missing_data(overrides, parsed.config_dir)
         if parsed.multirun:
             print("\n".join(notes))
     return flags + overrides
+
+
+def _check_sweep_flags(entry: str, overrides: list[str], resuming: bool) -> None:
+    if entry == "prepare":
+        raise UserError("-m: data are prepared one folder at a time")
+    if resuming:
+        raise UserError("resume continues one run and cannot be combined with a sweep (-m)")
+    if any(override.startswith("hydra.run.dir=") for override in overrides):
+        raise UserError("hydra.run.dir is the folder of a single run; with -m use hydra.sweep.dir=FOLDER")
+    other = Path.cwd() / "gptlab/__init__.py"
+    if other.exists() and other.resolve().parent != Path(__file__).resolve().parent:
+        raise UserError(f"{other.parent} is another package named gptlab, which the jobs would import; run elsewhere")
 
 
 def _refuse_flags(message: str) -> None:

@@ -15,16 +15,16 @@ log = logging.getLogger("gptlab")
 
 
 def announce(
-    run: Run, data: Any, module: Any, trainer: Any, *, hardware: str, memory: str | None, resumed_at: int | None
+    run: Run, data: Any, module: Any, trainer: Any, *, notes: list[str], memory: str | None, resumed_at: int | None
 ) -> None:
-    """Say what is about to run; `hardware` and `memory` are texts, `resumed_at` a step or None for a new run."""
+    """Say what is about to run; `notes` are texts about the machine, `resumed_at` is a step or None for a new run."""
     from gptlab.callbacks.checkpointing import Checkpointing
 
     if data.warning:
         log.warning("\n*** WARNING: %s ***\n", data.warning)
     parameters = sum(p.numel() for p in module.model.parameters())
-    if hardware:
-        log.info(hardware)
+    for note in notes:
+        log.info(note)
     log.info("device: %d x %s, precision %s", trainer.world_size, device_name(trainer), trainer.precision)
     log.info("data: %s, vocabulary of %d tokens", data.record["name"], data.tokenizer.vocab_size)
     log.info("model: %s parameters", f"{parameters:,}")

@@ -33,7 +33,7 @@ def sample(cfg: config.Sample) -> None:
     except ValueError as error:
         raise UserError(f"{'prompt_file' if cfg.prompt_file else 'prompt'}: {error}") from None
     idx = torch.from_numpy(ids.astype("int64")).to(device)[None]
-    printable = escape_controls if sys.stdout.isatty() else str
+    printable = str
     for i in range(cfg.num_samples):
         generator = torch.Generator(device).manual_seed(cfg.seed + i)
         length = notation.n_answer if question else cfg.max_new_tokens

@@ -240,7 +240,7 @@ def fit(trainer: Any, module: Any, data: Any, ckpt: Path | None, run: Run, trust
     gc.enable()
     interrupts = next(callback for callback in trainer.callbacks if isinstance(callback, Interrupts))
     try:
-        with logging_redirect_tqdm(), interrupts.listening():
+        with logging_redirect_tqdm(), interrupts.listening(trainer):
             trainer.fit(module, data, ckpt_path=ckpt, weights_only=True)
     except (Exception, SystemExit) as error:
         sys.exit(report.ended_early(error, trainer, run, trust=trust))

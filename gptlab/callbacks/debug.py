@@ -1,0 +1,2 @@
+from gptlab.callbacks.overfit import Overfit
+from gptlab.callbacks.profile import Profile

@@ -1,0 +1,2 @@
+from gptlab.callbacks.progress import Progress
+from gptlab.callbacks.sample_text import SampleText
