@@ -34,6 +34,7 @@ DATA_PATHS = ("data.path", "data.val_path", "data.folder")
 TEXT_KEYS = ("prompt", "prompt_file", "ckpt", "resume", *DATA_PATHS, "path", "out", "hub_split", "callbacks.sample_text.prompt")  # fmt: skip
 FULL_ERROR = os.environ.get("HYDRA_FULL_ERROR") == "1"
 
+_claimed: Run | None = None  # the run folder of this process
 _started: tuple[float, float, float] | None = None
 notes: list[str] = []  # what was chosen for the user and why, for the log
 
@@ -53,7 +54,8 @@ def main(task: Callable[[Any], float | None], entry: str) -> None:
         composed = True
         if HydraConfig.get().mode == RunMode.MULTIRUN:
             return run_sweep_job(entry, cfg)
-        return task(check(cfg, entry, HydraConfig.get().overrides.task))
+        with errors_as_text():  # here, or Hydra would add a line of its own
+            return task(check(cfg, entry, HydraConfig.get().overrides.task))
 
     job.__module__ = "__main__"  # Hydra names the job after the module
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors arrive here as they are; Hydra prints none itself
@@ -121,6 +123,8 @@ def errors_as_text(composing: Callable[[], bool] = lambda: False) -> Iterator[No
         if text is None:
             raise
         print(f"\nerror: {text}", file=sys.stderr)
+        if _claimed:
+            _claimed.discard()
         sys.exit(2)
 
 
@@ -282,6 +286,12 @@ def replace_missing_data(overrides: list[str], config_dir: str | None) -> list[s
     return []
 
 
+def _stop_before_training(*_: Any) -> None:
+    """Ctrl-C until training listens."""
+    _claimed.discard()
+    os._exit(130)
+
+
 class Gatekeeper(Callback):
     """Before Hydra makes any folder: the config is checked, of every job in a sweep, and the run folder is claimed."""
 
@@ -289,7 +299,10 @@ class Gatekeeper(Callback):
         with errors_as_text():  # an exception would become a warning of Hydra's
             check(config, "train", config.hydra.overrides.task)
             if is_first_process():
-                Run(config.hydra.run.dir).claim(resuming=config.resume is not None)
+                global _claimed
+                _claimed = Run(config.hydra.run.dir)
+                _claimed.claim(resuming=config.resume is not None)
+                signal.signal(signal.SIGINT, _stop_before_training)
 
     def on_multirun_start(self, config: Any, **_: Any) -> None:
         with errors_as_text():

@@ -8,6 +8,7 @@ outputs/NAME/DATE/
   summary.json     written last: a run that has one is finished
 """
 
+import contextlib
 import errno
 import fcntl
 import hashlib
@@ -75,6 +76,7 @@ class Run:
 
     def __init__(self, folder: Path | str) -> None:
         self.folder = Path(folder)
+        self._is_new = False
 
     def __str__(self) -> str:
         return shell_path(self.folder)
@@ -118,6 +120,7 @@ class Run:
         try:
             if not resuming:
                 self._check_unused()  # before the lock, so that nothing is left in somebody's folder
+                self._is_new = not self.folder.exists()
             self._lock()
             if not resuming:
                 self._check_unused()
@@ -160,6 +163,16 @@ class Run:
     def release(self) -> None:
         """Undo `claim` before the process ends."""
         _locks.pop(self.folder.resolve()).close()
+
+    def discard(self) -> None:
+        """Remove the folder if `claim` made it and nothing was recorded: the run was refused or stopped before it began."""
+        if not self._is_new or (self.folder / "config.yaml").exists():
+            return
+        for name in (LOCK, ".hydra/config.yaml", ".hydra/hydra.yaml", ".hydra/overrides.yaml", "train.log"):
+            (self.folder / name).unlink(missing_ok=True)
+        for folder in (self.folder / ".hydra", self.folder, self.folder.parent):
+            with contextlib.suppress(OSError):  # not empty
+                folder.rmdir()
 
     def checkpoints(self) -> list[Path]:
         """The checkpoints that a resume can start from, in the order in which it tries them."""
