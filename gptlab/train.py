@@ -1,6 +1,5 @@
 """python -m gptlab.train: one training run, from a composed config to a run folder."""
 
-import dataclasses
 import gc
 import logging
 import math
@@ -129,33 +128,36 @@ def plain(cfg: Any) -> dict[str, Any]:
 
 
 def check_memory(resolved: dict[str, Any], data: Any) -> str | None:
-    """An estimate in words, made before anything of that size is allocated; None for a model of a user's own.
+    """What training takes of the memory, before anything of that size is allocated; None if it cannot be told.
 
     Raises:
-        ValueError: it cannot fit; the text has the numbers.
+        UserError: it cannot fit.
     """
+    import functools
+
     import torch
 
     from gptlab import memory
-    from gptlab.checkpoint import foreign_classes
+    from gptlab.checkpoint import build_model
 
     t = resolved["trainer"]
-    if foreign_classes(resolved["model"], {}):
-        return None
     device = torch.device("cpu") if t["accelerator"] == "cpu" else torch.accelerator.current_accelerator()
     share = -(-data.batch_size // (t["devices"] * t["num_nodes"]))
     targets = [callback["_target_"] for callback in (resolved["callbacks"] or {}).values() if callback is not None]
-    averaged = config.EMAConfig._target_ in targets
-
-    def estimate_of(micro_batch_size: int) -> memory.Estimate:
-        sizes = (data.tokenizer.vocab_size, data.block_size, micro_batch_size)
-        several = micro_batch_size < share
-        estimate = memory.estimate(resolved["model"], *sizes, t["precision"], device.type, accumulates=several)
-        return dataclasses.replace(estimate, parameters=(1 + averaged) * estimate.parameters)
-
-    size, room = min(data.micro_batch_size or share, share), memory.capacity(device)
-    memory.check_fits(estimate_of, size, room)
-    return f"{memory.in_words(estimate_of(size))} besides Python's and torch's own; there are {memory.human(room)}"
+    estimate = functools.partial(
+        memory.estimate_step,
+        lambda: build_model(resolved["model"], data.tokenizer.vocab_size, data.block_size),
+        block_size=data.block_size,
+        sequences=share,
+        precision=t["precision"],
+        device_type=device.type,
+        averaged=config.EMAConfig._target_ in targets,
+        distributed=t["devices"] * t["num_nodes"] > 1,
+    )
+    available = memory.capacity(device) // (t["devices"] if device.type == "cpu" else 1)
+    return memory.check_fits(
+        lambda size: estimate(micro_batch_size=size), min(data.micro_batch_size or share, share), available
+    )
 
 
 def make_module(resolved: dict[str, Any], data: Any) -> Any:
