@@ -173,12 +173,12 @@ class TrainerConfig:
 
 @dataclass
 class ProgressConfig:
-    _target_: str = "gptlab.callbacks.progress.Progress"
+    _target_: str = "gptlab.callbacks.display.Progress"
 
 
 @dataclass
 class SampleTextConfig:
-    _target_: str = "gptlab.callbacks.sample_text.SampleText"
+    _target_: str = "gptlab.callbacks.display.SampleText"
     prompt: str | None = None  # null: the line break, where the vocabulary has it
     max_new_tokens: int = MISSING
     temperature: float = MISSING
@@ -218,13 +218,13 @@ class EMAConfig:
 
 @dataclass
 class OverfitConfig:
-    _target_: str = "gptlab.callbacks.overfit.Overfit"
+    _target_: str = "gptlab.callbacks.debug.Overfit"
     target: float = MISSING  # training loss that counts as near 0, in nats per token
 
 
 @dataclass
 class ProfileConfig:
-    _target_: str = "gptlab.callbacks.profile.Profile"
+    _target_: str = "gptlab.callbacks.debug.Profile"
     skip_steps: int = MISSING
     steps: int = MISSING
     rows: int = MISSING  # of the table
@@ -232,7 +232,7 @@ class ProfileConfig:
 
 @dataclass
 class TensorBoardConfig:
-    _target_: str = "lightning.pytorch.loggers.TensorBoardLogger"
+    _target_: str = "gptlab.callbacks.display.TensorBoard"
     name: str = "tensorboard"
     version: str = ""
     default_hp_metric: bool = False

@@ -53,8 +53,7 @@ def train(cfg: Any) -> float | None:
     if trainer.is_global_zero:
         runs.write_json(run / "summary.json", summary)
         trust = bool(checkpoint.foreign_classes(resolved["model"], tokenizer))
-        hint = module.watch.clipping_hint()
-        reports.conclude(run, data, summary, start_step, hint, trust)
+        reports.conclude(run, data, summary, start_step, None, trust)
     return summary["best"].get("val/loss")
 
 
@@ -180,7 +179,7 @@ def make_module(resolved: dict[str, Any], data: Any) -> Any:
         seed=resolved["seed"],
         micro_batch_size=data.micro_batch_size,
         log_every=resolved["trainer"]["log_every"],
-        record={"config": runs.without_paths(resolved), "tokenizer": data.tokenizer.state(), "data": data.record},
+        metadata={"config": runs.without_paths(resolved), "tokenizer": data.tokenizer.state(), "data": data.record},
     )
 
 
@@ -196,8 +195,8 @@ def make_trainer(cfg: Any, run: Path, data: Any, loggers: list[Any]) -> Any:
     from lightning.pytorch.callbacks import Timer
 
     from gptlab.callbacks.checkpointing import AtomicCheckpointIO
+    from gptlab.callbacks.display import SampleText
     from gptlab.callbacks.interrupts import Interrupts
-    from gptlab.callbacks.sample_text import SampleText
 
     callbacks = [instantiate(callback) for callback in (cfg.callbacks or {}).values() if callback is not None]
     for callback in callbacks:
@@ -263,7 +262,7 @@ def fit(trainer: Any, module: Any, data: Any, ckpt: Path | None, run: Path) -> N
 
     from gptlab.callbacks.interrupts import Interrupts
 
-    describe(trainer, module.record["config"])
+    describe(trainer, module.metadata["config"])
     gc.freeze()
     gc.enable()
     interrupts = next(callback for callback in trainer.callbacks if isinstance(callback, Interrupts))

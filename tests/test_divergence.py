@@ -34,7 +34,7 @@ class OnDevice(Poisoned):
 
     def configure_optimizers(self):
         optimizer = super().configure_optimizers()
-        self.looks_at_logs = True
+        self.checks_at_log = True
         return optimizer
 
 

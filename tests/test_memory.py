@@ -76,7 +76,7 @@ def test_the_estimate_is_what_the_real_step_takes(name, tmp_path):
     with LiveBytes() as live:
         module = GPTModule(
             build(model, vocab_size, block_size), optim_config=OPTIM, token_bytes=np.ones(vocab_size, dtype=np.int64),
-            seed=1, micro_batch_size=micro_batch_size, log_every=1, record={},
+            seed=1, micro_batch_size=micro_batch_size, log_every=1, metadata={},
         )  # fmt: skip
         trainer = L.Trainer(
             accelerator="cpu", max_steps=2, precision={"32": "32-true", "bf16": "bf16-mixed"}[precision], logger=False,
