@@ -162,9 +162,9 @@ def test_the_suggested_micro_batch_size_is_the_largest_that_fits(gib):
 
 
 def test_nothing_beyond_the_capacity_is_accepted():
-    check_fits(lambda size: Estimate(peak=100, state=0), 1, 100)
+    check_fits(lambda size: Estimate(100, 0, "cuda"), 1, 100)
     with pytest.raises(UserError, match="not even one sequence"):
-        check_fits(lambda size: Estimate(peak=101, state=0), 1, 100)
+        check_fits(lambda size: Estimate(101, 0, "cuda"), 1, 100)
 
 
 def test_the_random_numbers_of_a_run_stay_where_they_were():
