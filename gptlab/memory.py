@@ -64,9 +64,12 @@ class Estimate:
 
     peak: int
     state: int
+    device_type: str
 
     def __str__(self) -> str:
-        return f"{format_bytes(self.peak)} of tensors ({format_bytes(self.state)} weights, gradients, optimizer state)"
+        process = "; a CPU process may take twice as much" if self.device_type == "cpu" else ""
+        state = f"{format_bytes(self.state)} weights, gradients and optimizer state{process}"
+        return f"{format_bytes(self.peak)} of tensors ({state})"
 
 
 def estimate_step(
@@ -109,7 +112,7 @@ def estimate_step(
                 loss = _summed_loss(model, ids)
                 with torch.autocast(device_type, enabled=False):
                     loss.backward()
-            return Estimate(live.peak, state)
+            return Estimate(live.peak, state, device_type)
     except Exception:  # of a custom model; what is wrong with it shows when it is built in earnest
         return None
 

@@ -112,6 +112,7 @@ def quiet_lightning() -> None:
 
 def make_data(cfg: config.Train) -> Any:
     """The prepared data module; what its preparation decided goes into the config."""
+    from gptlab.checkpoint import build_tokenizer
     from gptlab.contracts import check_data, check_tokenizer
     from gptlab.targets import instantiate
     from gptlab.tokenizer import BPETokenizer, CharTokenizer
@@ -121,7 +122,7 @@ def make_data(cfg: config.Train) -> Any:
     data.setup("fit")
     check_data(data)
     if not isinstance(data.tokenizer, CharTokenizer | BPETokenizer):
-        check_tokenizer(data.tokenizer)
+        check_tokenizer(data.tokenizer, build_tokenizer)
     cfg.data.update(data.resolved)
     return data
 
@@ -153,7 +154,8 @@ def check_memory(cfg: config.Train, data: Any) -> str | None:
         distributed=processes > 1,
     )
     micro_batch_size = min(data.micro_batch_size or sequences, sequences)
-    return memory.check_fits(lambda size: estimate(micro_batch_size=size), micro_batch_size, memory.capacity(device))
+    available = memory.capacity(device) // (t.devices if device.type == "cpu" else 1)
+    return memory.check_fits(lambda size: estimate(micro_batch_size=size), micro_batch_size, available)
 
 
 def make_module(cfg: config.Train, data: Any, resolved: dict[str, Any]) -> Any:
@@ -177,7 +179,7 @@ def make_module(cfg: config.Train, data: Any, resolved: dict[str, Any]) -> Any:
         seed=cfg.seed,
         micro_batch_size=data.micro_batch_size,
         log_every=cfg.trainer.log_every,
-        record={"config": portable_config(resolved), "tokenizer": data.tokenizer.state(), "data": data.record},
+        metadata={"config": portable_config(resolved), "tokenizer": data.tokenizer.state(), "data": data.record},
     )
 
 
@@ -235,7 +237,7 @@ def fit(trainer: Any, module: Any, data: Any, ckpt: Path | None, run: Run, trust
 
     from gptlab.callbacks.interrupts import Interrupted, Interrupts
 
-    describe(trainer, module.record["config"])
+    describe(trainer, module.metadata["config"])
     gc.freeze()
     gc.enable()
     interrupts = next(callback for callback in trainer.callbacks if isinstance(callback, Interrupts))
