@@ -28,6 +28,7 @@ from gptlab import run as runs
 from gptlab.errors import UserError
 from gptlab.resume import check_changes
 from gptlab.run import is_first_process
+from gptlab.targets import require_trust
 
 # Hydra's flags, those that take a value first.
 VALUE_FLAGS = ("--cfg", "-c", "--package", "-p", "--config-path", "-cp", "--config-name", "-cn", "--config-dir", "-cd",
@@ -38,6 +39,8 @@ DATA_PATHS = ("data.path", "data.val_path", "data.folder")
 # Free text, which Hydra's grammar would trip over: taken word for word, except in sweeps.
 TEXT_KEYS = ("prompt", "prompt_file", "ckpt", *DATA_PATHS, "path", "out", "hub_split", "callbacks.sample_text.prompt")
 LONGEST, DEEPEST = 2000, 50  # characters and brackets of an override that is no text
+
+KNOWN = {schema._target_ for schema in config.SCHEMAS.values()} | {"gptlab.loggers.CSVTable"}
 
 hardware_note = ""  # which hardware was chosen and why, for the log
 
@@ -237,9 +240,11 @@ def _resume(run: str, flags: list[str], given: dict[str, str]) -> tuple[list[str
     """Compose from the run folder's resolved config instead of conf/, into that folder."""
     if {"-m", "--multirun"} & set(flags):
         raise ValueError("resume goes on with one run; it cannot be combined with a sweep (-m)")
+    trust = given.pop("trust", "false")
     check_changes(given)
     folder = runs.Run.find(run).folder.resolve()
     saved = runs.Run(folder).read_config()
+    require_trust(run, saved, KNOWN, trust == "true")
     if "trainer.checkpoint_every" in given and (saved.get("callbacks") or {}).get("checkpointing"):  # a number by now
         given["callbacks.checkpointing.every"] = given["trainer.checkpoint_every"]
     flags = [*flags, "--config-path", str(folder), "--config-name", "config", "--config-dir", str(config.CONF)]
@@ -250,6 +255,7 @@ def _resume(run: str, flags: list[str], given: dict[str, str]) -> tuple[list[str
     place = _quote(str(folder))
     return flags, [
         *overrides,
+        f"trust={trust}",
         f"resume={place}",
         f"hydra.run.dir={place}",
         "hydra.output_subdir=null",

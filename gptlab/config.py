@@ -256,6 +256,7 @@ class TrainConfig:
     seed: int = MISSING
     tags: list[str] = field(default_factory=list)
     resume: str | None = None
+    trust: bool = False
     model: Any = MISSING
     data: Any = MISSING
     optim: OptimConfig = MISSING

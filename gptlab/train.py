@@ -15,7 +15,6 @@ from gptlab import cli, config, report, resume
 from gptlab.run import Run
 
 log = logging.getLogger("gptlab")
-KNOWN = {schema._target_ for schema in config.SCHEMAS.values()} | {"gptlab.loggers.CSVTable"}
 
 
 def train(cfg: Any) -> float | None:
@@ -45,7 +44,7 @@ def train(cfg: Any) -> float | None:
         resume.check_same_run(ckpt, saved, resolved, data.record, tokenizer)
     memory = check_memory(resolved, data)
     module = make_module(resolved, data)
-    trust = bool(targets.foreign_targets(resolved, KNOWN))
+    trust = bool(targets.foreign_targets(resolved, cli.KNOWN))
     loggers = make_loggers(resolved["logger"], run, data.record, saved, resuming)
     trainer = make_trainer(cfg, run.folder, data, loggers)
     resumed_at = start_step if resuming else None
