@@ -60,7 +60,13 @@ def train(source: Path, overrides: list[str], folder: Path) -> Path:
 def read_values(run: Path) -> dict[str, Any]:
     """Tensors of the last checkpoint (as bytes) and logged losses, by name."""
     saved = torch.load(run / "checkpoints/last.ckpt", map_location="cpu", weights_only=True)
-    values: dict[str, Any] = {name: tensor.numpy().tobytes() for name, tensor in saved["state_dict"].items()}
+    weights = [
+        ("", saved["state_dict"]),
+        ("not averaged ", saved.get("current_model_state", {})),
+    ]  # the latter with EMA
+    values: dict[str, Any] = {
+        f"{kind}{name}": w.numpy().tobytes() for kind, state in weights for name, w in state.items()
+    }
     for parameter, state in saved["optimizer_states"][0]["state"].items():
         values |= {f"optimizer/{parameter}/{name}": tensor.numpy().tobytes() for name, tensor in state.items()}
     for line in map(json.loads, (run / "metrics.jsonl").read_text("utf-8").splitlines()):
