@@ -205,19 +205,19 @@ def train(options: argparse.Namespace, folder: Path) -> Plan:
     device = "cuda" if options.hardware == "gpu" else "cpu"
     keys = [f"{'data' if key in ('block_size', 'batch_size') else 'model'}.{key}={size[key]}" for key in size]
     keys = [f"hardware={options.hardware}", *keys, "optim.warmup_steps=100", *options.overrides]
-    programs: dict[str, Callable[[], Program]] = {}
-    ratios = []
+    plan = Plan("tokens/s", [], [])
     for compiled in (False, True) if options.compile else (False,):
-        suffix = " compiled" * compiled
-        compile_key = [f"model.compile={str(compiled).lower()}"]
-        settings = {"device": device, "dtype": "bfloat16" if device == "cuda" else "float32", "compile": compiled}
-        programs[f"gptlab{suffix}"] = lambda key=compile_key: gptlab(folder, [*keys, *key])
+        suffix = " compiled" if compiled else ""
+        ours = f"gptlab{suffix}"
+        run = functools.partial(gptlab, folder, [*keys, f"model.compile={str(compiled).lower()}"])
+        plan.measurements.append(speed_of(ours, [run], options))
         for spincount in ("default", "1000") if options.peer_spincount else ("default",):
-            name = f"nanoGPT{suffix}{'' if spincount == 'default' else f', GOMP_SPINCOUNT={spincount}'}"
-            programs[name] = lambda s=settings, spin=spincount: nanogpt(folder, peer, size, s, spin)
-            ratios.append((f"gptlab{suffix}", name))
-    measurements = [speed_of(name, [program], options) for name, program in programs.items()]
-    return Plan("tokens/s", measurements, ratios)
+            theirs = f"nanoGPT{suffix}" + (f", GOMP_SPINCOUNT={spincount}" if spincount != "default" else "")
+            settings = {"device": device, "dtype": "bfloat16" if device == "cuda" else "float32", "compile": compiled}
+            run = functools.partial(nanogpt, folder, peer, size, settings, spincount)
+            plan.measurements.append(speed_of(theirs, [run], options))
+            plan.ratios.append((ours, theirs))
+    return plan
 
 
 def speed_of(
@@ -282,16 +282,11 @@ def busy(options: argparse.Namespace, folder: Path) -> Plan:
     sizes = {"default model": [], "gpt-mini": ["model=gpt-mini", "data.block_size=128"]}
     plan = Plan("tokens/s", [], [])
     for (size, keys), spincount in itertools.product(sizes.items(), options.spincount):
-        overrides = [
-            "trainer.log_every=2",
-            *keys,
-            *options.overrides,
-        ]  # where threads wait for each other, steps are few
+        # Where threads wait for each other, there are few steps to be logged.
+        overrides = ["trainer.log_every=2", *keys, *options.overrides]
         run = functools.partial(gptlab, folder, overrides, spincount)
-        alone, two, beside = (
-            f"{size}, spincount {spincount}: {scenario}"
-            for scenario in ("alone", "two at once", "beside a busy process")
-        )
+        scenarios = ("alone", "two at once", "beside a busy process")
+        alone, two, beside = (f"{size}, spincount {spincount}: {scenario}" for scenario in scenarios)
         plan.measurements += [
             speed_of(alone, [run], options),
             speed_of(two, [run, run], options),
