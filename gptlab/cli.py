@@ -338,7 +338,7 @@ def resume_config(values: dict[str, Any], overrides: list[str]) -> dict[str, Any
     keys = ["trainer.accelerator" if key == "hardware" else key for key in keys]
     resume.check_changes(keys)
     saved = {**run.read_config(), "resume": values["resume"], "trust": values["trust"]}
-    targets.require_trust(run, saved, config.NODES, values["trust"])
+    targets.require_trust(run, saved, config.NODES, values["trust"] is True)
     for key in keys:
         saved = config.with_value(saved, key, config.select(values, key))
     for key, follower in (("trainer.checkpoint_every", "every"), ("trainer.keep_every", "keep_every")):
