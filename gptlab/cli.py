@@ -1,235 +1,217 @@
-"""What all entry points share: the command line before Hydra sees it, sweep jobs as processes, errors as text.
+"""From the command line to a validated config, for every entry point.
 
-Exit status: 0 done, 1 failed, 2 a user's mistake, 130 and 143 stopped by Ctrl-C and SIGTERM.
+    sys.argv -> arrange() -> Hydra composes -> Gatekeeper: check(), claim the run folder -> task(config)
+
+In a sweep, Gatekeeper checks all jobs before the first starts, and each job is a process of its own, started as a user
+would start it. Exit status: 0 done, 1 failed, 2 a user's mistake, 130 and 143 stopped by Ctrl-C and SIGTERM.
 """
 
 import contextlib
-import difflib
-import functools
-import json
-import logging
 import os
 import platform
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
-import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from gptlab import config, mistakes
-from gptlab import run as runs
+from hydra.experimental.callback import Callback
 
-# Hydra's flags, those that take a value first.
-VALUE_FLAGS = ("--cfg", "-c", "--package", "-p", "--config-path", "-cp", "--config-name", "-cn", "--config-dir", "-cd",
-               "--experimental-rerun", "--info", "-i")  # fmt: skip
-FLAGS = (*VALUE_FLAGS, "--help", "-h", "--hydra-help", "--version", "--resolve", "--run", "-r", "--multirun", "-m",
-         "--shell-completion", "-sc")  # fmt: skip
+from gptlab import config, resume, targets
+from gptlab.config import did_you_mean
+from gptlab.errors import UserError
+from gptlab.run import Run, is_first_process
+
 DATA_PATHS = ("data.path", "data.val_path", "data.folder")
-# Free text, which Hydra's grammar would trip over: taken word for word, except in sweeps.
-TEXT_KEYS = ("prompt", "prompt_file", "ckpt", *DATA_PATHS, "path", "out", "hub_split", "callbacks.sample_text.prompt")
-LONGEST, DEEPEST = 2000, 50  # characters and brackets of an override that is no text
-# How long to train, and what is the machine's: neither changes what a step does. (Data are compared by their checksums.)
-RESUME_MAY_CHANGE = ("trainer.max_steps", "trainer.max_time", "optim.decay_steps", "optim.skip_nonfinite", "trainer.accelerator",
-                     "trainer.devices", "trainer.num_nodes", "trainer.strategy", "trainer.log_every",
-                     "trainer.checkpoint_every", "data.workers", "data.micro_batch_size", *DATA_PATHS)  # fmt: skip
+# Free text: taken word for word, except in sweeps, where Hydra's grammar rules.
+TEXT_KEYS = ("prompt", "prompt_file", "ckpt", "resume", *DATA_PATHS, "path", "out", "hub_split", "callbacks.sample_text.prompt")  # fmt: skip
+FULL_ERROR = os.environ.get("HYDRA_FULL_ERROR") == "1"
 
-hardware_note = ""  # which hardware was chosen and why, for the log
+_claimed: Run | None = None  # the run folder of this process
+_started: tuple[float, float, float] | None = None
+notes: list[str] = []  # what was chosen for the user and why, for the log
 
 
 def main(task: Callable[[Any], float | None], entry: str) -> None:
-    """Compose the config `conf/<entry>.yaml` with the command line and hand it to `task`."""
+    """Compose `conf/<entry>.yaml` with the command line, check it, and hand the typed config to `task`."""
+    prepare_process()
     import hydra
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
 
-    composing = True
-    show_all = os.environ.get("HYDRA_FULL_ERROR")
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # while composing: errors come here as they are, and Hydra prints none itself
+    from gptlab import sweep
 
-    def as_it_was() -> None:
-        os.environ.pop("HYDRA_FULL_ERROR", None) if show_all is None else os.environ.update(HYDRA_FULL_ERROR=show_all)
+    register_resolvers()
+    composed = False
 
-    @functools.wraps(task)
     def job(cfg: Any) -> float | None:
-        from hydra.core.hydra_config import HydraConfig
-        from hydra.types import RunMode
-
-        nonlocal composing
-        as_it_was()
+        nonlocal composed
+        composed = True
         if HydraConfig.get().mode == RunMode.MULTIRUN:
-            return _sweep_job(entry, cfg)
-        try:
-            with _mistakes_as_text(show_all == "1", lambda: composing):
-                cfg = config.typed(cfg, entry)
-                composing = False
-                return task(cfg)
-        except SystemExit as stop:
-            if stop.code in (2, 130):
-                _remove_unused(Path(HydraConfig.get().runtime.output_dir))
-            raise
+            return sweep.run_job(entry, cfg)
+        with errors_as_text():  # here, or Hydra would add a line of its own
+            return task(check(cfg, entry, HydraConfig.get().overrides.task))
 
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")  # a terminal that cannot show a character is no reason to stop
-    logging.raiseExceptions = False  # `| head` closes the terminal's stream; the run and its train.log go on
-    config.register()
-    try:
-        with _mistakes_as_text(show_all == "1", lambda: composing):
-            sys.argv[1:] = _prepare(sys.argv[1:], entry)
-            hydra.main(version_base="1.3", config_path=str(config.CONF), config_name=entry)(job)()
-    finally:
-        as_it_was()
+    job.__module__ = "__main__"  # Hydra names the job after the module
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # errors arrive here as they are; Hydra prints none itself
+    with errors_as_text(lambda: not composed):
+        sys.argv[1:] = arrange(sys.argv[1:], entry)
+        hydra.main(version_base="1.3", config_path=str(config.CONF), config_name=entry)(job)()
+
+
+def prepare_process() -> None:
+    """Make streams, arguments and threads behave, before torch is imported."""
+    global _started
+    for descriptor in (0, 1, 2):  # daemons and cron may close them
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number
+    for name, descriptor in (("stdout", 1), ("stderr", 2)):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(descriptor, "w", encoding="utf-8", closefd=False))  # noqa: SIM115
+        getattr(sys, name).reconfigure(errors="replace")  # a terminal may lack characters
+    sys.argv[1:] = [os.fsencode(argument).decode("utf-8", "surrogateescape") for argument in sys.argv[1:]]
+    # libgomp's threads spin while they wait, and two runs on the same cores starve each other. 1000 spins cost a lone run
+    # about 3 % and make two at once 10 to 50 times as fast; the results are the same to the bit.
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    with contextlib.suppress(OSError):
+        _started = _cpu_seconds()
+
+
+def _cpu_seconds() -> tuple[float, float, float]:
+    """Clock, CPU time of all processes on the machine, and of this one, in seconds. Linux only."""
+    with open("/proc/stat") as file:
+        user, nice, system, _idle, _iowait, irq, softirq, *_ = map(int, file.readline().split()[1:])
+    ours = os.times()
+    everyone = (user + nice + system + irq + softirq) / os.sysconf("SC_CLK_TCK")
+    return time.monotonic(), everyone, ours.user + ours.system
+
+
+def busy_note(threads: int) -> str | None:
+    """Says so if other processes have taken CPU cores since the start that `threads` of this one want."""
+    if _started is None:
+        return None
+    seconds, everyone, ours = (now - then for now, then in zip(_cpu_seconds(), _started, strict=True))
+    others = (everyone - ours) / max(seconds, 1e-3)
+    if others < 0.3 or os.cpu_count() - others > threads - 0.3:
+        return None
+    return (
+        f"other processes use {others:.1f} of {os.cpu_count()} cores; this run will be slower than on an idle machine"
+    )
 
 
 @contextlib.contextmanager
-def _mistakes_as_text(show_all: bool, composing: Callable[[], bool]) -> Iterator[None]:
-    """Print a user's mistake as its text alone and exit with 2; `composing` says whether the task has yet to begin."""
+def errors_as_text(composing: Callable[[], bool] = lambda: False) -> Iterator[None]:
+    """Print a user's mistake as its text alone and exit with 2."""
     try:
         yield
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:  # `| head` has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         sys.exit(1)
     except Exception as error:
-        text = None if show_all else mistakes.explain(error, composing())
+        text = None if FULL_ERROR else explain(error, composing())
         if text is None:
             raise
         print(f"\nerror: {text}", file=sys.stderr)
+        if _claimed:
+            _claimed.discard()
         sys.exit(2)
 
 
-def _remove_unused(run: Path) -> None:
-    """The folder that Hydra made, under the name that train.yaml gives it, for a run that was refused before it began."""
-    made = {runs.LOCK, ".hydra/config.yaml", ".hydra/hydra.yaml", ".hydra/overrides.yaml", "train.log"}
-    there = {str(path.relative_to(run)) for path in run.rglob("*") if not path.is_dir()}
-    if re.fullmatch(r"[\d-]{10}_[\d-]{8}_\d{6}", run.name) and there == made and not (run / "train.log").stat().st_size:
-        for name in made:
-            (run / name).unlink()
-        with contextlib.suppress(OSError):  # not empty, after all
-            (run / ".hydra").rmdir()
-            run.rmdir()
-            run.parent.rmdir()  # if it was the first of its name
+def explain(error: BaseException, composing: bool = False) -> str | None:
+    """The text for a user's mistake; None for a fault in a program. While composing, every error is the user's."""
+    from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+
+    chain = [error]
+    while cause := chain[-1].__cause__ or chain[-1].__context__:
+        chain.append(cause)
+    if ours := next((e for e in chain if isinstance(e, UserError)), None):
+        return str(ours)
+    match error:
+        case MissingConfigException(missing_cfg_file=str(file)) if "/" in file:
+            group, _, name = file.rpartition("/")
+            options = error.options or sorted(path.stem for path in (config.CONF / group).glob("*.yaml"))
+            return f"{group}={name}: unknown option{did_you_mean(name, options)} All: {', '.join(options)}"
+        case OverrideParseException(override=given) if "=" in given:
+            key, _, value = given.lstrip("+").partition("=")
+            return f"{key}={value}: cannot be parsed; quote special characters for the shell and for Hydra: \"{key}='{value}'\""
+        case OverrideParseException(override=given):
+            options = [f"{path.parent.name}={given}" for path in sorted(config.CONF.glob(f"*/{given}.yaml"))]
+            if given and Path(given).exists():
+                options = [f"resume={given} (train)", f"ckpt={given} (sample)"]
+            meant = f"; did you mean {' or '.join(options)}?" if options else ""
+            return f"{given}: settings are KEY=VALUE{meant}"
+    if composing or isinstance(error, HydraException | OmegaConfBaseException | YAMLError):
+        texts = [str(e) for e in chain if str(e)]
+        detail = next((str(e) for e in chain if isinstance(e, OmegaConfBaseException | YAMLError)), "")
+        lines = (texts[0] if detail in texts[0] else f"{texts[0]}\n{detail}").split("\n")
+        return "\n".join(lines[:4]).replace("++", "") + "\n(HYDRA_FULL_ERROR=1 shows where it comes from)"
+    return None
 
 
-def _prepare(argv: list[str], entry: str) -> list[str]:
-    """The command line as Hydra needs it: flags first, free text quoted, hardware chosen, a resume redirected."""
-    global hardware_note
-    flags, overrides = _split(argv)
-    _check_overrides(overrides)
-    overrides = [f"++{o}" if o.startswith("trainer.extra.") else o for o in overrides]  # Lightning's keys: no schema
-    given = dict(override.lstrip("+").partition("=")[::2] for override in overrides)
-    if given.get("hydra.job.name", "").startswith("train_ddp_process_"):  # Lightning started us with what it says below
-        return [*flags, *overrides, "hydra/job_logging=none"]
-    sweep = bool({"-m", "--multirun"} & set(flags))
-    if not sweep:
-        overrides = [
-            f"{key}={_quote(text)}" if key in TEXT_KEYS else o for o in overrides for key, _, text in [o.partition("=")]
-        ]
-    if sweep and entry == "prepare":
-        raise ValueError("data are prepared one folder at a time: leave -m out")
-    if sweep and "hydra.run.dir" in given:
-        raise ValueError(
-            "hydra.run.dir is the folder of a single run; with -m, hydra.sweep.dir=FOLDER holds all of them"
-        )
-    if entry != "train":
-        return flags + overrides
-    if given.get("resume", "null") != "null":
-        if bare := [o for o in overrides if "=" not in o and o[0] != "~"]:
-            raise ValueError(
-                f"{bare[0]}: settings are given as KEY=VALUE, and values with blanks in quotes: 'resume=outputs/my run'"
-            )
-        flags, overrides = _resume(given.pop("resume"), flags, given)
-    else:
-        if "hardware" not in given:
-            overrides.append(f"hardware={_detect_hardware()}")
-        else:
-            hardware_note = f"hardware={given['hardware']}"
-        if sweep:
-            print(hardware_note)
-        if not is_first_process():  # composed here, the folder's name would come from this process's own clock
-            overrides += ["hydra.output_subdir=null", f"hydra.run.dir={_quote(tempfile.mkdtemp())}"]
-    if not is_first_process():
-        overrides.append("hydra/job_logging=none")  # the first process speaks for all
+def arrange(argv: list[str], entry: str) -> list[str]:
+    """The command line as Hydra needs it: flags first, free text quoted, hardware chosen.
+
+    Keys get `++`, so that Hydra accepts every key and `check` reports all that is wrong at once.
+    """
+    from hydra._internal.utils import get_args_parser
+
+    from gptlab import sweep
+
+    parser = get_args_parser()
+    parser.error = _refuse_flags
+    parsed = parser.parse_intermixed_args(argv)
+    flags = [argument for argument in argv if argument not in parsed.overrides]
+    groups = {path.name for folder in (config.CONF, Path(parsed.config_dir or config.CONF)) if folder.is_dir()
+              for path in folder.iterdir() if path.is_dir()}  # fmt: skip
+    overrides = [_accept_any_key(override, groups, quote=not parsed.multirun) for override in parsed.overrides]
+    resuming = any(override.startswith("++resume=") for override in overrides)
+    if parsed.multirun:
+        sweep.check_flags(entry, overrides, resuming)
+    is_ddp_child = any("train_ddp_process_" in override for override in overrides)  # Lightning names the folder itself
+    if resuming and not is_ddp_child and any(override.startswith("hydra.run.dir=") for override in overrides):
+        raise UserError("a resumed run stays in its folder; leave out hydra.run.dir")
+    if not is_first_process():  # the first one writes and speaks for all
+        own = [] if resuming or is_ddp_child else [f"hydra.run.dir={quote(tempfile.mkdtemp())}"]
+        overrides += [*own, "hydra.output_subdir=null", "hydra/job_logging=none"]
+    if entry == "train" and not resuming:
+        if not any(override.startswith("hardware=") for override in overrides):
+            overrides.append(f"hardware={detect_hardware()}")
+        if is_first_process():
+            overrides += replace_missing_data(overrides, parsed.config_dir)
+        if parsed.multirun:
+            print("\n".join(notes))
     return flags + overrides
 
 
-def is_first_process() -> bool:
-    """Among those of one run that torchrun, srun or Lightning started; the only one that writes into the run folder."""
-    return all(os.environ.get(rank, "0") == "0" for rank in ("RANK", "SLURM_PROCID", "LOCAL_RANK"))
+def _refuse_flags(message: str) -> None:
+    raise UserError(f"{message}; settings have no dashes: optim.lr=3e-4, not --optim.lr 3e-4; --help lists them")
 
 
-def _split(argv: list[str]) -> tuple[list[str], list[str]]:
-    """Flags (with their values) and overrides, in whatever order they were typed."""
-    flags, overrides, rest = [], [], list(argv)
-    while rest:
-        argument = rest.pop(0)
-        if not argument.startswith("-"):
-            overrides.append(argument)
-            continue
-        flag, _, value = argument.partition("=")
-        if flag not in FLAGS:
-            near = difflib.get_close_matches(flag, FLAGS, n=1, cutoff=0.8)
-            instead = f"settings have no dashes: {flag.lstrip('-')}={value or 'VALUE'}"
-            raise ValueError(f"unknown flag {flag}; " + (f"did you mean {near[0]}?" if near else instead))
-        flags.append(argument)
-        if argument in ("--info", "-i") and (not rest or "=" in rest[0]):
-            flags.append("all")
-        elif argument in VALUE_FLAGS and rest:
-            flags.append(rest.pop(0))
-        if flag in ("--cfg", "-c") and (value or flags[-1]) not in ("job", "hydra", "all"):
-            raise ValueError(f"{flag} shows the config of: job, hydra or all")
-    return flags, overrides
+def _accept_any_key(override: str, groups: set[str], quote: bool) -> str:
+    key, is_setting, value = override.partition("=")
+    if key in ("callbacks", "logger") and value == "null":
+        raise UserError(f"{override}: choose an option; to leave {key} out: '~{key}'")
+    if not is_setting or key.startswith(("++", "~", "hydra")) or key in groups or not re.fullmatch(r"\+?[\w.]+", key):
+        return override
+    key = key.removeprefix("+")
+    if key == "resume" and value not in ("", "null"):
+        value = str(Run.find(value).folder)  # latest, ~, relative paths
+    return f"++{key}={quote(value) if quote and key in TEXT_KEYS else value}"
 
 
-def _check_overrides(overrides: list[str]) -> None:
-    """What Hydra would not name the key of, or stumble over while it writes the run folder.
-
-    Raises:
-        ValueError: bytes that are not UTF-8, a name that is no folder's, or a group that is given no option.
-    """
-    groups = [path.name for path in config.CONF.iterdir() if path.is_dir()]
-    for override in overrides:
-        key, _, value = override.partition("=")
-        if not key.strip("+~"):
-            raise ValueError(f"{override!r}: it names no key; settings are given as KEY=VALUE")
-        if not override.isascii() and any("\ud800" <= char <= "\udfff" for char in override):
-            raise ValueError(f"{override!a} is not valid text: it holds bytes that are not UTF-8, or half a character")
-        if key.lstrip("+~") not in TEXT_KEYS:  # Hydra would end in Python's own limits, and name no key
-            if len(override) > LONGEST:
-                raise ValueError(f"{override[:60]}...: {len(override)} characters; at most {LONGEST} are allowed")
-            if sum(map(value.count, "[{(")) > DEEPEST:
-                raise ValueError(f"{override[:60]}...: more than {DEEPEST} brackets")
-        if key in DATA_PATHS and "${" in value:  # Hydra resolves it when it builds the data set, however it is quoted
-            raise ValueError(f"{override}: files with ${{ in their names are not taken: rename it")
-        if key == "name" and (value.startswith("/") or {"", ".", ".."} & set(value.split("/"))):
-            raise ValueError(f"{override}: it names the folder of the run under outputs/, and must lie in there")
-        group = key.lstrip("~+")
-        left_out = override == f"~{group}=null"  # as a sweep says it to its jobs
-        if group in groups and value and not left_out and not _is_choice(override, group, value):
-            leaves_out = f" (and '~{group}' leaves it out)" if group in ("callbacks", "logger") else ""
-            raise ValueError(f"{override}: it must be one of {', '.join(mistakes.options(group))}{leaves_out}")
-
-
-def _is_choice(override: str, group: str, value: str) -> bool:
-    """Whether what a group is given can be the name of an option, a list of such names where the group takes several,
-    or a sweep over names. (What cannot be read at all is for Hydra to say.)"""
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-    from hydra.core.override_parser.types import Glob, QuotedString, Sweep
-    from hydra.errors import HydraException
-
-    try:
-        choice = OverridesParser.create().parse_override(override)._value
-    except HydraException:
-        return True
-    names = choice if isinstance(choice, list) and group in ("callbacks", "experiment", "debug") else [choice]
-    return "${" not in value and all(isinstance(name, (str, QuotedString, Sweep, Glob)) for name in names)
-
-
-def _quote(text: str) -> str:
+def quote(text: str) -> str:
     """As a quoted string of Hydra's grammar, word for word; null stays null."""
     if text == "null":
         return text
@@ -237,109 +219,178 @@ def _quote(text: str) -> str:
     return f"'{escaped}'"
 
 
-def _resume(run: str, flags: list[str], given: dict[str, str]) -> tuple[list[str], list[str]]:
-    """Compose from the run folder's resolved config instead of conf/, into that folder."""
-    import yaml
-
-    if {"-m", "--multirun"} & set(flags):
-        raise ValueError("resume goes on with one run; it cannot be combined with a sweep (-m)")
-    if refused := [key for key in given if key not in RESUME_MAY_CHANGE]:
-        last = {key.rpartition(".")[2]: key for key in RESUME_MAY_CHANGE}
-        meant = [
-            last[near] for key in refused for near in difflib.get_close_matches(key.rpartition(".")[2], last, 1, 0.8)
-        ]
-        raise ValueError(
-            f"a resumed run keeps its config; not to be changed: {', '.join(refused)}"
-            + (f" (did you mean {', '.join(meant)}?)" if meant else "")
-            + f". Allowed: {', '.join(RESUME_MAY_CHANGE)}. With anything else, start a new run"
-        )
-    if "optim.decay_steps" in given and "trainer.max_steps" not in given:
-        raise ValueError("optim.decay_steps changes the schedule of a longer run: it goes with trainer.max_steps")
-    folder = runs.find_run(run).resolve()
-    try:
-        saved = yaml.safe_load((folder / "config.yaml").read_text("utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError):
-        saved = None
-    if not isinstance(saved, dict):
-        raise ValueError(f"{folder / 'config.yaml'} is damaged: put it back (a checkpoint has the same under 'config')")
-    if "trainer.checkpoint_every" in given and (saved.get("callbacks") or {}).get("checkpointing"):  # a number by now
-        given["callbacks.checkpointing.every"] = given["trainer.checkpoint_every"]
-    flags = [*flags, "--config-path", str(folder), "--config-name", "config", "--config-dir", str(config.CONF)]
-    overrides = [
-        f"{'++' * key.startswith(('data.', 'callbacks.'))}{key}={_quote(value) if key in TEXT_KEYS else value}"
-        for key, value in given.items()
-    ]
-    place = _quote(str(folder))
-    return flags, [
-        *overrides,
-        f"resume={place}",
-        f"hydra.run.dir={place}",
-        "hydra.output_subdir=null",
-        "hydra/job_logging=gptlab",
-        "hydra/callbacks=gptlab",
-    ]
-
-
-def _detect_hardware() -> str:
-    """gpu or cpu. torch is imported only if something hints at an accelerator, so composing stays fast without."""
-    global hardware_note
-    driver = next((p for p in ("/proc/driver/nvidia", "/dev/kfd") if Path(p).exists()), None) or shutil.which(
-        "nvidia-smi"
-    )
+def detect_hardware() -> str:
+    """gpu or cpu. Imports torch only if something hints at an accelerator: composing stays fast without one."""
+    files = (path for path in ("/proc/driver/nvidia", "/dev/kfd") if Path(path).exists())
+    driver = next(files, None) or shutil.which("nvidia-smi")
     if platform.system() == "Darwin" and platform.machine() == "arm64":
         driver = "Apple silicon"
-    if driver is None:
-        hardware, why = "cpu", "no accelerator found"
-    else:
+    hardware, reason = "cpu", "no accelerator found"
+    if driver:
         import torch
 
         if torch.accelerator.is_available():
-            hardware, why = "gpu", f"torch sees a {torch.accelerator.current_accelerator().type} device"
+            hardware, reason = "gpu", f"torch sees a {torch.accelerator.current_accelerator().type} device"
         else:
-            hardware, why = "cpu", f"{driver} is here, but this build of torch sees no accelerator"
+            reason = f"{driver} exists, but this build of torch sees no accelerator"
     other = "cpu" if hardware == "gpu" else "gpu"
-    hardware_note = f"hardware={hardware}: {why} (hardware={other} forces the other)"
+    notes.append(f"hardware={hardware}: {reason} (hardware={other} forces the other)")
     return hardware
 
 
-def _wait_for(process: subprocess.Popen) -> int:
-    """The exit status of a job in a session of its own, which gets each signal once, from here: time to save, which
-    Python's own way of waiting would not give it, and no second Ctrl-C that it would take for impatience."""
-    forwarded = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
-    if threading.current_thread() is not threading.main_thread():
-        return process.wait()
-    before = {signum: signal.signal(signum, lambda number, _: process.send_signal(number)) for signum in forwarded}
+def replace_missing_data(overrides: list[str], config_dir: str | None) -> list[str]:
+    """`data=FALLBACK name=FALLBACK` if the chosen data need a download that fails and name a fallback; else nothing.
+
+    Decided once, in a sweep by its parent, and recorded as overrides like any other. Not where data themselves vary.
+    """
+    from hydra import compose, initialize_config_dir
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    from gptlab.data import files
+
+    if not any(override.startswith(("experiment=", "data=")) for override in overrides):
+        return []
     try:
-        return process.wait()
-    finally:
-        for signum, handler in before.items():
-            signal.signal(signum, handler)
+        parsed = OverridesParser.create().parse_overrides(overrides)
+        fixed = [override.input_line for override in parsed if not override.is_sweep_override()]
+        searched = [f"hydra.searchpath=[file://{Path(config_dir).resolve()}]"] if config_dir else []
+        with initialize_config_dir(str(config.CONF), version_base="1.3"):
+            data = check(compose("train", [*fixed, *searched]), "train", fixed).data
+    except (UserError, HydraException, OmegaConfBaseException):
+        return []  # reported where the config is composed for the run
+    fallback = data.get("fallback")
+    if not fallback or data["path"] or not data["url"]:
+        return []
+    try:
+        files.fetch(data["url"], data["sha256"], files.data_folder(data["folder"]) / data["file"])
+        return []
+    except UserError as error:
+        warning = f"{error}. Training on {fallback} instead; data.fallback=null makes this an error"
+        notes.append(f"\n*** WARNING: {warning} ***\n")
+        return [
+            f"data={fallback}",
+            *([] if any(o.startswith("++name=") for o in overrides) else [f"++name={fallback}"]),
+        ]
 
 
-def _sweep_job(entry: str, cfg: Any) -> float | None:
-    """Run one job of a sweep in a process of its own, started as a user would start it; its metric is read from
-    the run folder."""
-    from hydra.core.hydra_config import HydraConfig
-    from hydra.errors import CompactHydraException
+def _stop_before_training(*_: Any) -> None:
+    """Ctrl-C until training listens."""
+    _claimed.discard()
+    os._exit(130)
+
+
+class Gatekeeper(Callback):
+    """Before Hydra makes any folder: the config is checked, of every job in a sweep, and the run folder is claimed."""
+
+    def on_run_start(self, config: Any, **_: Any) -> None:
+        with errors_as_text():  # an exception would become a warning of Hydra's
+            check(config, "train", config.hydra.overrides.task)
+            if is_first_process():
+                global _claimed
+                _claimed = Run(config.hydra.run.dir)
+                _claimed.claim(resuming=config.resume is not None)
+                signal.signal(signal.SIGINT, _stop_before_training)
+
+    def on_multirun_start(self, config: Any, **_: Any) -> None:
+        from gptlab import sweep
+
+        with errors_as_text():
+            sweep.check_jobs(config)
+
+
+def check(cfg: Any, entry: str, overrides: list[str]) -> Any:
+    """The typed config of one run; on a resume, the run folder's with the changes of the command line."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import InterpolationResolutionError
+
+    task = OmegaConf.masked_copy(cfg, [key for key in cfg if key != "hydra"])
+    try:
+        values = OmegaConf.to_container(task, resolve=True)
+    except InterpolationResolutionError as error:
+        raise UserError(f"{error.full_key}: {str(error).splitlines()[0]}") from error
+    if values.get("resume"):
+        values = resume_config(values, overrides)
+    return config.validate(values, entry, references=set(_references(task)))
+
+
+def resume_config(values: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
+    """The config in the run folder, with what this command line may change of it.
+
+    Raises:
+        UserError: it may not change that; or the folder names code that is not gptlab's, without trust=true.
+    """
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    run = Run(values["resume"])
+    parsed = OverridesParser.create().parse_overrides(list(overrides))
+    keys = [o.key_or_group for o in parsed if o.key_or_group not in ("resume", "trust")]
+    keys = ["trainer.accelerator" if key == "hardware" else key for key in keys]
+    resume.check_changes(keys)
+    saved = {**run.read_config(), "resume": values["resume"], "trust": values["trust"]}
+    targets.require_trust(run, saved, config.NODES, values["trust"] is True)
+    for key in keys:
+        saved = config.with_value(saved, key, config.select(values, key))
+    for key, follower in (("trainer.checkpoint_every", "every"), ("trainer.keep_every", "keep_every")):
+        if key in keys and config.select(saved, "callbacks.checkpointing"):
+            saved = config.with_value(saved, f"callbacks.checkpointing.{follower}", config.select(values, key))
+    return saved
+
+
+def _references(node: Any, at: str = "") -> Iterator[str]:
+    """Keys whose value is an interpolation."""
+    from omegaconf import DictConfig, OmegaConf
+
+    for key in node:
+        if OmegaConf.is_interpolation(node, key):
+            yield f"{at}{key}"
+        elif isinstance(child := node._get_node(key), DictConfig) and not child._is_none() and not child._is_missing():
+            yield from _references(child, f"{at}{key}.")
+
+
+def register_resolvers() -> None:
+    """What the hydra node of conf/ refers to."""
     from omegaconf import OmegaConf
 
-    hydra_config = HydraConfig.get()
-    folder = Path(hydra_config.runtime.output_dir)
-    flags, _ = _split(sys.argv[1:])
-    flags = [f for f in flags if f not in ("-m", "--multirun")]
-    texts = {key: OmegaConf.select(cfg, key) for key in TEXT_KEYS}  # as plain text again: the job quotes it
-    texts = {key: "null" if text is None else text for key, text in texts.items()}
-    overrides = [
-        f"{key}={texts[key]}" if (key := o.partition("=")[0]) in TEXT_KEYS else o for o in hydra_config.overrides.task
-    ]
-    command = [sys.executable, "-m", f"gptlab.{entry}", *flags, *overrides, f"hydra.run.dir={_quote(str(folder))}"]
-    ranks = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "NODE_RANK", "GROUP_RANK", "LOCAL_WORLD_SIZE", "PL_GLOBAL_SEED")
-    environment = {key: value for key, value in os.environ.items() if key not in ranks}
-    status = _wait_for(subprocess.Popen(command, env=environment, start_new_session=True))
-    if status in (129, 130, 143, -signal.SIGHUP, -signal.SIGINT, -signal.SIGTERM):
-        print(f"the sweep stops here: no job after {folder} was started", file=sys.stderr)
-        sys.exit(status if status > 0 else 128 - status)
-    if status != 0:
-        raise CompactHydraException(f"the job in {folder} ended with status {status}; what it said is above")
-    summary = folder / "summary.json"  # sampling leaves none
-    return json.loads(summary.read_text("utf-8"))["best"].get("val/loss") if summary.exists() else None
+    resolvers = {
+        "run_dir": lambda run, new: run or new,
+        "new_run_only": lambda run, value: None if run else value,
+        "explained_config": explain_config,
+    }
+    for name, resolver in resolvers.items():
+        OmegaConf.register_new_resolver(f"gptlab.{name}", resolver, replace=True)
+
+
+def explain_config(*, _root_: Any) -> str:
+    """The composed config as YAML, with the explanations that stand in the YAML files, for --help."""
+    from omegaconf import OmegaConf
+
+    folders = [Path(source.path) for source in _root_.hydra.runtime.config_sources if source.schema == "file"]
+    explained = {"": _explanations(folders, "", _root_.hydra.job.config_name)}
+    for group, option in _root_.hydra.runtime.choices.items():
+        for name in re.findall(r"[\w-]+", str(option)):
+            explained.setdefault(group, {}).update(_explanations(folders, group, name))
+    lines = []
+    for key in _root_:
+        if key != "hydra":
+            block = OmegaConf.to_yaml(OmegaConf.masked_copy(_root_, [key])).rstrip("\n").split("\n")
+            texts = explained.get(key, {}) if len(block) > 1 else explained[""]
+            for line in block:
+                text = texts.get(line.partition(":")[0].strip())
+                lines.append(f"{line}  # {text}" if text else line)
+    return "\n".join(lines).replace("$", "$$")  # for the template's own substitution
+
+
+def _explanations(folders: list[Path], group: str, option: str) -> dict[str, str]:
+    """Key -> the comment beside it, in an option's YAML file and those it is based on."""
+    import yaml
+
+    file = next((file for folder in folders if (file := folder / group / f"{option}.yaml").is_file()), None)
+    if file is None:
+        return {}
+    text, found = file.read_text("utf-8"), {}
+    for base in (yaml.safe_load(text) or {}).get("defaults", []):
+        if isinstance(base, str) and base != "_self_" and group:
+            found |= _explanations(folders, group, base)
+    return found | dict(re.findall(r"^ *(\w+):.*? # (.+)$", text, re.MULTILINE))

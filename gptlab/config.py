@@ -1,540 +1,538 @@
-"""What a config may hold: a dataclass for every node that gptlab owns, where conf/ is, and one check across keys.
+"""What a config may hold. Hydra composes it from conf/ and the command line; `validate` checks all of it at once.
 
-The dataclasses give names and types; the values live in conf/. Only the standard library is imported here, so that
-composing a config stays fast.
+    conf/*.yaml + command line --Hydra--> plain values --validate--> Train | Sample | Prepare
+
+Types and ranges are pydantic models, one per node of the config; a node with a `_target_` is checked by the model of
+that class (`NODES`), any other class is custom and takes what it takes. A condition on several keys is a `rule`.
 """
 
+import difflib
 import importlib.util
-import math
+import os
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
-MISSING: Any = "???"  # OmegaConf's mark of a value that must be given
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, create_model
+
+from gptlab.errors import UserError
+from gptlab.tokenizer import MAX_VOCAB_SIZE
+
 VALIDATED = ("val/loss", "val/perplexity", "val/bits_per_byte")  # what each validation measures
-MAX_VOCAB_SIZE = 2**20  # five times the largest vocabulary in use; a model of more could not be meant
 OPENWEBTEXT = "Skylion007/openwebtext"  # on the Hugging Face hub
 PRECISIONS = {"32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}  # ours -> Lightning's
-
-# What numbers and choices may be, by config key; null is for the types to refuse.
-AT_LEAST = {
-    "seed": 0,
-    **dict.fromkeys([f"trainer.{key}" for key in ("max_steps", "val_every", "log_every", "checkpoint_every")], 1),
-    **dict.fromkeys(["trainer.devices", "trainer.num_nodes"], 1),
-    **dict.fromkeys([f"data.{key}" for key in ("block_size", "batch_size", "micro_batch_size", "val_windows")], 1),
-    "data.workers": 0,
-    "data.ndigit": 1,
-    "data.length": 2,
-    "data.n_symbols": 2,
-    "callbacks.exact_match.show": 0,
-    **dict.fromkeys(
-        [
-            f"optim.{key}"
-            for key in ("min_lr", "warmup_steps", "decay_steps", "weight_decay", "grad_clip", "skip_nonfinite")
-        ],
-        0,
-    ),
-    "callbacks.checkpointing.every": 1,
-    **{f"{at}max_new_tokens": 0 for at in ("", "callbacks.sample_text.")},
-    **{f"{at}temperature": 0 for at in ("", "callbacks.sample_text.")},
-    **{f"{at}top_k": 1 for at in ("", "callbacks.sample_text.")},
-    "num_samples": 1,
-    "split_seed": 0,
-    "processes": 1,
-    "callbacks.early_stopping.patience": 1,
-    "callbacks.early_stopping.min_delta": 0,
-    "callbacks.ema.decay": 0,
-    "callbacks.overfit.target": 0,
-    "callbacks.profile.skip_steps": 0,
-    "callbacks.profile.steps": 1,
-    "callbacks.profile.rows": 1,
-}
-# What gptlab itself tells Lightning's Trainer, so that trainer.extra cannot.
-NOT_EXTRA = ("accelerator", "devices", "num_nodes", "strategy", "precision", "max_steps", "max_epochs", "max_time",
-             "val_check_interval", "check_val_every_n_epoch", "num_sanity_val_steps", "logger", "log_every_n_steps",
-             "callbacks", "enable_checkpointing", "plugins", "use_distributed_sampler", "default_root_dir",
-             "enable_progress_bar", "enable_model_summary")  # fmt: skip
-BELOW = {
-    "seed": 2**32,  # numpy's legacy generator takes no larger one
-    "callbacks.ema.decay": 1,
-    "data.ndigit": 101,  # far more than any model here adds
-    "data.length": 257,
-    "data.n_symbols": 63,  # digits and letters
-}
-ONE_OF = {
-    "trainer.precision": ("auto", *PRECISIONS),
-    "optim.schedule": ("cosine", "constant"),
-    "callbacks.early_stopping.monitor": (*VALIDATED, "val/accuracy"),
-    "trainer.accelerator": ("cpu", "gpu", "cuda", "mps"),
-}
 
 _package = Path(__file__).resolve().parent
 CONF = next(p for p in (_package / "conf", _package.parent / "conf") if p.is_dir())  # a wheel's, a checkout's
 
 
-@dataclass
-class GPTConfig:
-    _target_: str = "gptlab.model.GPT"
-    n_layer: int = MISSING
-    n_head: int = MISSING
-    n_embd: int = MISSING
-    dropout: float = 0.0
-    bias: bool = False
-    gelu: str = "erf"  # or tanh, GPT-2's
-    vocab_multiple: int = 1
-    activation_checkpointing: bool = False  # less memory, about a third more time
-    compile: bool = False  # torch.compile, in place
+def _integral(value: Any) -> Any:
+    return int(value) if isinstance(value, float) and value.is_integer() else value  # trainer.max_steps=1e3
 
 
-@dataclass
-class WindowsConfig:
-    """What every data set of token windows takes."""
-
-    name: str = MISSING
-    block_size: int = MISSING  # tokens that the model sees at once
-    batch_size: int = MISSING  # sequences per optimizer step, over all processes
-    micro_batch_size: int | None = None  # sequences per forward pass in one process; null: its whole share
-    val_windows: int | None = None  # validate on the first so many windows; null: on all
-    workers: int | None = None  # processes that prepare batches; null: two on CUDA, else none
+def _string(value: Any) -> Any:
+    return str(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else value  # name=2026
 
 
-@dataclass
-class TextConfig(WindowsConfig):
-    _target_: str = "gptlab.data.text.TextData"
-    path: str | None = None  # a text file, a glob, or a folder of .txt files
-    val_path: str | None = None  # the same for validation; null: the last 10 % of the text
-    url: str | None = None  # where to download it from otherwise
-    file: str | None = None  # its name in `folder`; null: that of the data, and .txt
-    sha256: str | None = None  # of that file
-    fallback: str | None = None  # python_docs: train on that text if there is no file and no network; null: an error
-    folder: str | None = None  # of downloads; null: $GPTLAB_DATA, or ~/.cache/gptlab
-    tokenizer: str = "char"  # or gpt2, or bpe: learned from the text
-    vocab_size: int | None = None  # for bpe
+def _duration(value: Any) -> Any:
+    """1h30m or DD:HH:MM:SS -> DD:HH:MM:SS."""
+    if value is None or (isinstance(value, str) and re.fullmatch(r"\d+:[0-2]\d:[0-5]\d:[0-5]\d", value)):
+        parts = [int(part) for part in value.split(":")] if value else [1]
+    elif match := re.fullmatch(r"(?=\d)(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?", str(value)):
+        seconds = sum(int(n or 0) * unit for n, unit in zip(match.groups(), (86400, 3600, 60, 1), strict=True))
+        parts = [seconds // 86400, seconds // 3600 % 24, seconds // 60 % 60, seconds % 60]
+        value = ":".join(f"{part:02d}" for part in parts)
+    else:
+        raise ValueError("must be a duration such as 90m, 1h30m, 2d, or DD:HH:MM:SS")
+    if not any(parts):
+        raise ValueError("must be longer than 0; null: no limit")
+    return value
 
 
-@dataclass
-class MemmapConfig(WindowsConfig):
-    _target_: str = "gptlab.data.memmap.MemmapData"
-    path: str | None = None  # a folder with train.bin and val.bin; null: where prepare_openwebtext.py puts it
-    tokenizer: str | None = None  # gpt2, where there is no meta.json that says it
+def _steps_or_auto(value: Any) -> Any:
+    value = _integral(value)
+    if value != "auto" and (not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 2**31):
+        raise ValueError("must be an integer >= 0, or auto")
+    return value
 
 
-@dataclass
-class PythonStdlibConfig(WindowsConfig):
-    _target_: str = "gptlab.data.memmap.PythonStdlibData"
-    vocab_size: int = MISSING
-    folder: str | None = None  # for what is made; null: $GPTLAB_DATA, or ~/.cache/gptlab
+def _folder_name(value: Any) -> Any:
+    if isinstance(value, str) and (value.startswith("/") or {"", ".", ".."} & set(value.split("/"))):
+        raise ValueError("must be the name of a folder inside outputs/")
+    return value
 
 
-@dataclass
-class AdditionConfig(WindowsConfig):
-    _target_: str = "gptlab.data.problems.AdditionData"
-    block_size: int | None = None  # follows
-    ndigit: int = MISSING
+Int = Annotated[int, BeforeValidator(_integral)]
+Count = Annotated[Int, Field(ge=1, lt=2**31)]
+Size = Annotated[Int, Field(ge=0, lt=2**31)]
+VocabSize = Annotated[Int, Field(ge=257, le=MAX_VOCAB_SIZE)]  # 256 bytes and the end of text
+Seed = Annotated[Int, Field(ge=0, lt=2**32)]  # numpy's legacy generator takes no larger one
+Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+Str = Annotated[str, BeforeValidator(_string)]
+FolderName = Annotated[Str, BeforeValidator(_folder_name)]
 
 
-@dataclass
-class SortConfig(WindowsConfig):
-    _target_: str = "gptlab.data.problems.SortData"
-    block_size: int | None = None  # follows
-    length: int = MISSING  # symbols to be sorted
-    n_symbols: int = MISSING  # out of so many
+WarmupSteps = Annotated[Any, BeforeValidator(_steps_or_auto)]
 
 
-@dataclass
-class OptimConfig:
-    lr: float = MISSING
-    min_lr: float = MISSING
-    schedule: str = MISSING  # cosine | constant
-    warmup_steps: int = MISSING
-    decay_steps: int = MISSING
-    weight_decay: float = MISSING
-    betas: tuple[float, float] = MISSING
-    grad_clip: float = MISSING  # norm; 0: off
-    skip_nonfinite: int = 0  # steps that may be left out
+class Node(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, defer_build=True, protected_namespaces=())
 
 
-@dataclass
-class TrainerConfig:
-    max_steps: int = MISSING
-    val_every: int = MISSING
-    log_every: int = MISSING
-    checkpoint_every: int = MISSING
-    accelerator: str = MISSING
-    devices: int = MISSING
-    num_nodes: int = MISSING
-    strategy: str = MISSING
-    precision: str = MISSING  # auto | 32 | bf16 | fp16
-    max_time: str | None = None  # DD:HH:MM:SS of training, over all resumes; null: no limit
-    extra: dict[str, Any] = field(default_factory=dict)  # passed to lightning.Trainer as it is
+class GPT(Node):
+    n_layer: Count
+    n_head: Count
+    n_embd: Count
+    dropout: Fraction
+    bias: bool
+    gelu: Literal["erf", "tanh"]
+    vocab_multiple: Count
+    activation_checkpointing: bool
+    compile: bool
 
 
-@dataclass
-class ProgressConfig:
-    _target_: str = "gptlab.callbacks.progress.Progress"
+class Windows(Node):
+    name: FolderName
+    block_size: Count
+    batch_size: Count
+    micro_batch_size: Count | None
+    val_windows: Count | None
+    workers: Size | None
 
 
-@dataclass
-class SampleTextConfig:
-    _target_: str = "gptlab.callbacks.sample_text.SampleText"
-    prompt: str | None = None  # null: the line break, where the vocabulary has it
-    max_new_tokens: int = MISSING
-    temperature: float = MISSING
-    top_k: int | None = None
+class Text(Windows):
+    path: Str | None
+    val_path: Str | None
+    tokenizer: Literal["char", "gpt2", "bpe"]
+    vocab_size: VocabSize | None
+    url: Str | None
+    sha256: Str | None
+    file: Str
+    folder: Str | None
+    fallback: Str | None
 
 
-@dataclass
-class ExactMatchConfig:
-    _target_: str = "gptlab.callbacks.exact_match.ExactMatch"
-    show: int = MISSING  # mistakes to print
+class Memmap(Windows):
+    path: Str | None
+    tokenizer: Literal["gpt2"] | None
 
 
-@dataclass
-class ThroughputConfig:
-    _target_: str = "gptlab.callbacks.throughput.Throughput"
+class PythonStdlib(Windows):
+    vocab_size: VocabSize
+    folder: Str | None
 
 
-@dataclass
-class CheckpointingConfig:
-    _target_: str = "gptlab.callbacks.checkpointing.Checkpointing"
-    every: int = MISSING
+class Addition(Windows):
+    block_size: Count | None
+    ndigit: Annotated[Int, Field(ge=1, le=100)]
 
 
-@dataclass
-class EarlyStoppingConfig:
-    _target_: str = "gptlab.callbacks.early_stopping.EarlyStopping"
-    monitor: str = "val/loss"
-    patience: int = MISSING  # validations without an improvement
-    min_delta: float = 0.0
+class Sort(Windows):
+    block_size: Count | None
+    length: Annotated[Int, Field(ge=2, le=256)]
+    n_symbols: Annotated[Int, Field(ge=2, le=62)]  # digits and letters
 
 
-@dataclass
-class EMAConfig:
-    _target_: str = "gptlab.callbacks.ema.EMA"
-    decay: float = MISSING
+class Optim(Node):
+    lr: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+    min_lr: Amount
+    schedule: Literal["cosine", "constant"]
+    warmup_steps: WarmupSteps
+    decay_steps: Size
+    weight_decay: Amount
+    betas: Annotated[list[Fraction], Field(min_length=2, max_length=2)]
+    grad_clip: Amount
+    skip_nonfinite: Size
 
 
-@dataclass
-class OverfitConfig:
-    _target_: str = "gptlab.callbacks.overfit.Overfit"
-    target: float = MISSING  # training loss that counts as near 0, in nats per token
+class Trainer(Node):
+    max_steps: Count
+    max_time: Annotated[str | None, BeforeValidator(_duration)]
+    val_every: Count
+    log_every: Count
+    checkpoint_every: Count
+    keep_every: Count | None
+    accelerator: Literal["cpu", "gpu", "cuda", "mps"]
+    devices: Count
+    num_nodes: Count
+    strategy: Str
+    precision: Annotated[Literal["auto", "32", "bf16", "fp16"], BeforeValidator(_string)]
+    extra: dict[str, Any]
 
 
-@dataclass
-class ProfileConfig:
-    _target_: str = "gptlab.callbacks.profile.Profile"
-    skip_steps: int = MISSING
-    steps: int = MISSING
-    rows: int = MISSING  # of the table
+class SampleText(Node):
+    prompt: Str | None
+    max_new_tokens: Size
+    temperature: Amount
+    top_k: Count | None
 
 
-@dataclass
-class TensorBoardConfig:
-    _target_: str = "lightning.pytorch.loggers.TensorBoardLogger"
-    name: str = "tensorboard"
-    version: str = ""
-    default_hp_metric: bool = False
+class EarlyStopping(Node):
+    monitor: Literal["val/loss", "val/perplexity", "val/bits_per_byte", "val/accuracy"]
+    patience: Count
+    min_delta: Amount
 
 
-@dataclass
-class WandbConfig:
-    _target_: str = "lightning.pytorch.loggers.WandbLogger"
-    project: str = MISSING
-    name: str | None = None
-    tags: list[str] = field(default_factory=list)
-    entity: str | None = None
-    group: str | None = None
-    notes: str | None = None
-    offline: bool = False
+class Wandb(Node):
+    project: Str
+    name: Str | None
+    tags: list[Str]
+    entity: Str | None
+    group: Str | None
+    notes: Str | None
+    offline: bool
 
 
-@dataclass
-class TrainConfig:
-    name: str = MISSING
-    seed: int = MISSING
-    tags: list[str] = field(default_factory=list)
-    resume: str | None = None
-    model: Any = MISSING
-    data: Any = MISSING
-    optim: OptimConfig = MISSING
-    trainer: TrainerConfig = MISSING
-    callbacks: Any = None
-    logger: Any = None
+def _node(schema: str, /, **fields: Any) -> type[Node]:
+    return create_model(schema, __base__=Node, **fields)
 
 
-@dataclass
-class SampleConfig:
-    ckpt: str | None = None
-    prompt: str | None = None
-    prompt_file: str | None = None
-    num_samples: int = MISSING
-    max_new_tokens: int = MISSING
-    temperature: float = MISSING
-    top_k: int | None = None
-    seed: int = MISSING
-    device: str = MISSING
-    trust: bool = False  # build classes that the checkpoint names and gptlab does not define
-
-
-@dataclass
-class PrepareConfig:
-    out: str | None = None
-    path: str | None = None
-    hub: str = MISSING
-    hub_config: str | None = None
-    hub_split: str = MISSING
-    hub_revision: str | None = None
-    text_key: str = MISSING
-    tokenizer: str = MISSING
-    vocab_size: int | None = None
-    val_share: float = MISSING
-    split_seed: int = MISSING
-    processes: int | None = None
-
-
-ENTRIES = {"train": TrainConfig, "sample": SampleConfig, "prepare": PrepareConfig}
-
-# The schemas that YAML files pull in, as /hydra/schema/NAME@_here_: in a group of Hydra, --help does not list them.
-SCHEMAS = {
-    "gpt": GPTConfig,
-    "text": TextConfig,
-    "memmap": MemmapConfig,
-    "python_stdlib": PythonStdlibConfig,
-    "addition": AdditionConfig,
-    "sort": SortConfig,
-    "progress": ProgressConfig,
-    "sample_text": SampleTextConfig,
-    "exact_match": ExactMatchConfig,
-    "throughput": ThroughputConfig,
-    "checkpointing": CheckpointingConfig,
-    "early_stopping": EarlyStoppingConfig,
-    "ema": EMAConfig,
-    "overfit": OverfitConfig,
-    "profile": ProfileConfig,
-    "tensorboard": TensorBoardConfig,
-    "wandb": WandbConfig,
+# The classes that conf/ builds, and the only ones that a run folder or checkpoint may name without trust=true.
+NODES = {
+    "gptlab.model.GPT": GPT,
+    "gptlab.data.text.TextData": Text,
+    "gptlab.data.memmap.MemmapData": Memmap,
+    "gptlab.data.memmap.PythonStdlibData": PythonStdlib,
+    "gptlab.data.problems.AdditionData": Addition,
+    "gptlab.data.problems.SortData": Sort,
+    "gptlab.callbacks.display.Progress": _node("Progress"),
+    "gptlab.callbacks.display.SampleText": SampleText,
+    "gptlab.callbacks.exact_match.ExactMatch": _node("ExactMatch", show=Size),
+    "gptlab.callbacks.throughput.Throughput": _node("Throughput"),
+    "gptlab.callbacks.checkpointing.Checkpointing": _node("Checkpointing", every=Count, keep_every=Count | None),
+    "gptlab.callbacks.early_stopping.EarlyStopping": EarlyStopping,
+    "gptlab.callbacks.ema.EMA": _node("EMA", decay=Fraction),
+    "gptlab.callbacks.debug.Overfit": _node("Overfit", target=Amount),
+    "gptlab.callbacks.debug.Profile": _node("Profile", skip_steps=Size, steps=Count, rows=Count),
+    "lightning.pytorch.loggers.TensorBoardLogger": _node("TensorBoard", name=Str, version=Str, default_hp_metric=bool),
+    "lightning.pytorch.loggers.WandbLogger": Wandb,
+    "gptlab.loggers.CSVTable": _node("CSVTable"),
 }
 
 
-def register() -> None:
-    """Make the schemas known to Hydra."""
-    from hydra.core.config_store import ConfigStore
+class Custom(Node):
+    """A node that builds a custom class."""
 
-    store = ConfigStore.instance()
-    for name, node in ENTRIES.items():
-        store.store(name=f"{name}_schema", node=node)
-    for name, node in SCHEMAS.items():
-        store.store(group="hydra/schema", name=name, node=node)
+    model_config = ConfigDict(extra="allow")
+    target: Annotated[str, Field(alias="_target_", pattern=r"^[^\W\d]\w*(\.\w+)+$")]
 
 
-def typed(cfg: Any, entry: str) -> Any:
-    """The same config with the types of the schemas: refuses keys and values that composing let through (`+key=value`,
-    and everything that was composed from a run folder, which has no schemas).
-
-    Raises:
-        omegaconf.errors.OmegaConfBaseException: an unknown key, a value of a wrong type, or none.
-    """
-    from omegaconf import DictConfig, OmegaConf
-
-    root = OmegaConf.structured(ENTRIES[entry])
-    result = OmegaConf.merge(root, OmegaConf.to_container(cfg))  # plain, or a key added to a typed node would pass
-    schemas = {schema._target_: schema for schema in SCHEMAS.values()}
-    for key in ("model", "data", "logger", *(f"callbacks.{name}" for name in cfg.get("callbacks") or ())):
-        node = OmegaConf.select(cfg, key)
-        if isinstance(node, DictConfig) and node.get("_target_") in schemas:
-            OmegaConf.update(result, key, schemas[node._target_], merge=False)
-            OmegaConf.update(result, key, OmegaConf.to_container(node))
-    OmegaConf.to_container(result, resolve=True, throw_on_missing=True)  # every value is there, every ${...} has one
-    return result
+class Train(Node):
+    name: FolderName
+    seed: Seed
+    tags: list[Str]
+    resume: Str | None
+    trust: bool
+    model: dict[str, Any]
+    data: dict[str, Any]
+    optim: Optim
+    trainer: Trainer
+    callbacks: dict[str, dict[str, Any] | None] | None = None  # `~callbacks` leaves them out
+    logger: dict[str, Any] | None = None
 
 
-def check(cfg: Any) -> None:
-    """Every problem of a training config that types cannot express, reported at once and before anything is loaded.
-
-    Raises:
-        ValueError: naming each key, what it is and what it may be.
-    """
-    model = {key: value for key, value in cfg.model.items() if key not in ("_target_", "compile")}
-    of_model = model_problems(**model) if cfg.model.get("_target_") == GPTConfig._target_ else []
-    across = (_cross_problems(cfg), _optim_problems(cfg), _data_problems(cfg.data))
-    found = (_target_problems(cfg), of_model, value_problems(cfg), *across)
-    if problems := [problem for problems in found for problem in problems]:
-        raise ValueError("\n".join(problems))
+class Sample(SampleText):
+    ckpt: Str | None
+    prompt_file: Str | None
+    num_samples: Count
+    seed: Seed
+    device: Str
+    trust: bool
 
 
-def model_problems(
-    *, n_layer: int, n_head: int, n_embd: int, dropout: float, gelu: str, vocab_multiple: int, **switches: bool
-) -> Iterator[str]:
-    """What is wrong with the sizes of a GPT, one text each."""
-    sizes = {"n_layer": n_layer, "n_head": n_head, "n_embd": n_embd, "vocab_multiple": vocab_multiple}
-    yield from (f"model.{key}={size}: it must be at least 1" for key, size in sizes.items() if size < 1)
-    yield from (f"model.{key}={size}: it must be below {2**31}" for key, size in sizes.items() if size >= 2**31)
-    if n_head >= 1 and n_embd % n_head:
-        yield f"model.n_embd={n_embd} is not a multiple of model.n_head={n_head}: the heads share it evenly"
-    if not 0 <= dropout < 1:
-        yield f"model.dropout={dropout}: it must be at least 0 and below 1"
-    if gelu not in ("erf", "tanh"):
-        yield f"model.gelu={gelu}: it must be erf or tanh"
+class Prepare(Node):
+    out: Str | None
+    path: Str | None
+    hub: Str
+    hub_config: Str | None
+    hub_split: Str
+    hub_revision: Str | None
+    text_key: Str
+    tokenizer: Literal["gpt2", "bpe"]
+    vocab_size: VocabSize | None
+    val_share: Annotated[float, Field(gt=0, lt=1)]
+    split_seed: Size
+    processes: Count | None
 
 
-def _target_problems(cfg: Any) -> Iterator[str]:
-    """Nodes that are built from a class need one, and its package must be there; looked for without importing it."""
-    from omegaconf import DictConfig
+ENTRIES = {"train": Train, "sample": Sample, "prepare": Prepare}
+RULES: dict[str, list[tuple[tuple[str, ...], Callable[..., Iterator[str]]]]] = {entry: [] for entry in ENTRIES}
 
-    nodes = {"model": cfg.model, "data": cfg.data, "logger": cfg.logger}
-    nodes |= {f"callbacks.{name}": node for name, node in (cfg.callbacks or {}).items()}
+
+def rule(*keys: str, entry: str = "train") -> Callable:
+    """A check of several keys together, which yields what is wrong; skipped where one of the keys is wrong by itself."""
+
+    def register(check: Callable) -> Callable:
+        RULES[entry].append((keys, check))
+        return check
+
+    return register
+
+
+@rule("model.n_embd", "model.n_head")
+def heads_share_the_channels(n_embd: int | None, n_head: int | None) -> Iterator[str]:
+    if isinstance(n_embd, int) and isinstance(n_head, int) and n_head and n_embd % n_head:
+        yield f"model.n_embd={n_embd} must be divisible by model.n_head={n_head}"
+
+
+@rule("model")
+def model_takes_plain_values(model: dict) -> Iterator[str]:
+    for key in model:
+        if key.startswith("_") and key != "_target_":
+            yield f"unknown key model.{key}; a model is built from _target_ and plain values"
+
+
+@rule("model", "data", "callbacks", "logger")
+def packages_are_installed(model: dict, data: dict, callbacks: dict | None, logger: dict | None) -> Iterator[str]:
+    nodes = {"model": model, "data": data, "logger": logger}
+    nodes |= {f"callbacks.{name}": node for name, node in (callbacks or {}).items()}
     for key, node in nodes.items():
-        target = node.get("_target_") if isinstance(node, DictConfig) else None
-        if node is None and key not in ("model", "data"):
-            continue
-        if not isinstance(target, str):
-            yield f"{key}={node}: it must be a mapping with a _target_, the class to build, such as my_package.MyClass"
-            continue
-        if key == "model" and (other := [name for name in node if name.startswith("_") and name != "_target_"]):
-            yield f"model.{other[0]}: a model is built from _target_ and plain values alone"
-        package, *names = target.split(".")
-        if not names:
-            yield f"{key}._target_={target}: it must be PACKAGE.CLASS, such as my_package.MyClass"
-        elif not package.isidentifier() or importlib.util.find_spec(package) is None:
-            yield (
-                f"{key}._target_={target}: there is no package {package!r} here; it must be PACKAGE.CLASS, installed "
-                "or in the working directory"
-            )
-
-
-def value_problems(cfg: Any) -> Iterator[str]:
-    """Values outside what AT_LEAST, BELOW and ONE_OF allow. A user's own classes have no schema, so types may be wrong."""
-    from omegaconf import OmegaConf
-
-    for key, least in AT_LEAST.items():
-        value, below = OmegaConf.select(cfg, key), BELOW.get(key, 2**31)
-        if value is not None and not (isinstance(value, (int, float)) and least <= value < below):
-            too_large = isinstance(value, (int, float)) and value >= below
-            limit = f" and below {below}" if key in BELOW or too_large else ""
-            yield f"{key}={value}: it must be a number, at least {least}{limit}"
-    for key, allowed in ONE_OF.items():
-        value = OmegaConf.select(cfg, key)
-        if value is not None and value not in allowed:
-            yield f"{key}={value}: it must be one of {', '.join(allowed)}"
-
-
-def _cross_problems(cfg: Any) -> Iterator[str]:
-    """Values that do not go together, and those that are more than a number in a range."""
-    from omegaconf import DictConfig, OmegaConf
-
-    trainer = cfg.trainer
-    if trainer.precision == "fp16" and trainer.accelerator == "cpu":
-        yield "trainer.precision=fp16: it must be 32 or bf16 on a CPU; fp16 needs hardware=gpu"
-    time = trainer.max_time
-    if time is not None and not (re.fullmatch(r"\d+:[0-2]\d:[0-5]\d:[0-5]\d", time) and re.search("[1-9]", time)):
-        yield f"trainer.max_time={time}: it must be DD:HH:MM:SS (in YAML in quotes) and not 0, as 00:01:30:00 for 90 minutes"
-    processes, batch_size = trainer.devices * trainer.num_nodes, cfg.data.get("batch_size")
-    if isinstance(batch_size, int) and 1 <= batch_size < processes:
-        yield (
-            f"data.batch_size={batch_size}: it must be at least the number of processes, {processes} "
-            "(trainer.devices x trainer.num_nodes)"
-        )
-    val_windows = cfg.data.get("val_windows")
-    if isinstance(val_windows, int) and 1 <= val_windows < processes:
-        yield f"data.val_windows={val_windows}: it must be at least the number of processes, {processes}"
-    for key in set(trainer.extra) & set(NOT_EXTRA):
-        yield f"trainer.extra.{key}: gptlab sets it itself" + (f", from trainer.{key}" if key in trainer else "")
-    of_wandb = isinstance(cfg.logger, DictConfig) and cfg.logger.get("_target_") == WandbConfig._target_
-    if of_wandb and importlib.util.find_spec("wandb") is None:
+        if node and importlib.util.find_spec(package := node["_target_"].partition(".")[0]) is None:
+            yield f"{key}._target_={node['_target_']}: no package {package!r} here; install it, or run in its folder"
+    if logger and logger["_target_"].endswith(".WandbLogger") and importlib.util.find_spec("wandb") is None:
         yield "logger=wandb needs Weights & Biases: pip install 'gptlab[wandb]'"
-    profile = OmegaConf.select(cfg, "callbacks.profile")
-    ours = isinstance(profile, DictConfig) and profile.get("_target_") == ProfileConfig._target_
-    if ours and cfg.resume is None and (profiled := profile.skip_steps + profile.steps) > trainer.max_steps:
+
+
+@rule("trainer.precision", "trainer.accelerator")
+def cpus_have_no_fp16(precision: str, accelerator: str) -> Iterator[str]:
+    if precision == "fp16" and accelerator == "cpu":
+        yield "trainer.precision=fp16 needs a GPU; on a CPU use 32 or bf16"
+
+
+@rule("trainer.devices", "trainer.num_nodes", "data.batch_size", "data.val_windows")
+def each_process_has_work(devices: int, num_nodes: int, batch_size: Any, val_windows: Any) -> Iterator[str]:
+    processes = devices * num_nodes
+    for key, value in (("batch_size", batch_size), ("val_windows", val_windows)):
+        if isinstance(value, int) and value < processes:
+            yield f"data.{key}={value} must be >= the number of processes, {processes}"
+    started = os.environ.get("WORLD_SIZE", "")  # torchrun's
+    if started.isdigit() and int(started) != processes:
+        per_node = int(started) // num_nodes if int(started) % num_nodes == 0 else f"{started} trainer.num_nodes=1"
         yield (
-            f"callbacks.profile needs skip_steps + steps = {profiled} steps, more than trainer.max_steps="
-            f"{trainer.max_steps}: add trainer.max_steps={profiled}"
-        )
-    monitor, target = OmegaConf.select(cfg, "callbacks.early_stopping.monitor"), str(cfg.data.get("_target_"))
-    measured = (
-        target in (AdditionConfig._target_, SortConfig._target_)
-        and OmegaConf.select(cfg, "callbacks.exact_match") is not None
-    )
-    if monitor == "val/accuracy" and target.startswith("gptlab.") and not measured:
-        yield (
-            f"callbacks.early_stopping.monitor={monitor}: it must be one of {', '.join(VALIDATED)} here: only "
-            "problems, as of data=addition or data=sort, have right answers, and callbacks.exact_match counts them"
+            f"{started} processes were started (WORLD_SIZE), but trainer.devices={devices} x trainer.num_nodes="
+            f"{num_nodes} is {processes}; add trainer.devices={per_node}"
         )
 
 
-def _optim_problems(cfg: Any) -> Iterator[str]:
-    """What is wrong with the optimizer's numbers, and with the ends of its schedule."""
-    trainer, optim = cfg.trainer, cfg.optim
-    if not 0 < optim.lr < math.inf:
-        yield f"optim.lr={optim.lr}: it must be above 0 and finite"
-    elif optim.schedule == "cosine" and optim.min_lr > optim.lr:
-        yield f"optim.min_lr={optim.min_lr}: it must be at most optim.lr={optim.lr}"
-    if not (optim.betas is not None and len(optim.betas) == 2 and all(0 <= beta < 1 for beta in optim.betas)):
-        yield f"optim.betas={optim.betas}: it must be two numbers from 0 up to below 1"
-    resuming = cfg.resume is not None
-    ends = {} if resuming else {"trainer.max_steps": trainer.max_steps}  # to end a run earlier than planned is fine
-    if optim.schedule == "cosine":
-        ends["optim.decay_steps"] = optim.decay_steps
+@rule("data.workers")
+def workers_have_cores(workers: Any) -> Iterator[str]:
+    from gptlab.data.files import available_cores
+
+    most = 4 * available_cores()
+    if isinstance(workers, int) and workers > most:
+        yield f"data.workers={workers} must be <= {most}, four times the {most // 4} available cores"
+
+
+# What gptlab itself tells Lightning's Trainer.
+NOT_EXTRA = ("accelerator", "devices", "num_nodes", "strategy", "precision", "max_steps", "max_epochs", "max_time",
+             "val_check_interval", "check_val_every_n_epoch", "num_sanity_val_steps", "logger", "log_every_n_steps",
+             "callbacks", "enable_checkpointing", "plugins", "use_distributed_sampler", "default_root_dir",
+             "enable_progress_bar", "enable_model_summary")  # fmt: skip
+
+
+@rule("trainer.extra")
+def extra_is_not_ours(extra: dict) -> Iterator[str]:
+    for key in sorted(extra.keys() & NOT_EXTRA):
+        instead = f"; use trainer.{key}" if key in Trainer.model_fields else ""
+        yield f"trainer.extra.{key} is set by gptlab{instead}"
+
+
+@rule("optim.lr", "optim.min_lr", "optim.schedule")
+def cosine_falls(lr: float, min_lr: float, schedule: str) -> Iterator[str]:
+    if schedule == "cosine" and min_lr > lr:
+        yield f"optim.min_lr={min_lr} must be <= optim.lr={lr}"
+
+
+@rule("optim.warmup_steps", "optim.decay_steps", "optim.schedule", "trainer.max_steps", "resume")
+def warmup_ends(warmup: int | str, decay: int, schedule: str, max_steps: int, resume: str | None) -> Iterator[str]:
+    ends = {} if resume else {"trainer.max_steps": max_steps}  # a resume may end a run earlier than planned
+    ends |= {"optim.decay_steps": decay} if schedule == "cosine" else {}
     for key in sorted(ends, key=ends.get)[:1]:
-        if 1 <= ends[key] <= optim.warmup_steps:
-            remedy = f"take a larger {key}" if resuming else f"add optim.warmup_steps={ends[key] // 10}"
-            yield (
-                f"optim.warmup_steps={optim.warmup_steps} does not end before {key}={ends[key]}: the learning rate would "
-                f"never reach optim.lr; {remedy}"
-            )
+        if warmup != "auto" and ends[key] <= warmup:
+            fix = f"use a larger {key}" if resume else "try optim.warmup_steps=auto"
+            yield f"optim.warmup_steps={warmup} must be less than {key}={ends[key]}; {fix}"
 
 
-def prepare_problems(cfg: Any) -> Iterator[str]:
-    """What is wrong with a config of scripts/prepare_openwebtext.py."""
-    yield from value_problems(cfg)
-    if cfg.tokenizer not in ("gpt2", "bpe"):
-        yield f"tokenizer={cfg.tokenizer}: it must be gpt2 or bpe"
-    elif (cfg.vocab_size is None) == (cfg.tokenizer == "bpe"):
-        yield f"vocab_size={cfg.vocab_size}: it goes with tokenizer=bpe, and that needs it, such as vocab_size=8192"
-    yield from _vocab_size_problems("vocab_size", cfg.vocab_size)
-    if not 0 < cfg.val_share < 1:
-        yield f"val_share={cfg.val_share}: it must be above 0 and below 1"
-    if cfg.out is None and (cfg.path is not None or cfg.hub != OPENWEBTEXT):
-        yield "out is missing: a folder for what is made of these documents, such as out=my_docs"
+@rule("callbacks.profile", "trainer.max_steps", "resume")
+def profile_fits(profile: dict | None, max_steps: int, resume: str | None) -> Iterator[str]:
+    if profile and is_known(profile) and not resume:
+        needed = profile["skip_steps"] + profile["steps"]
+        if needed > max_steps:
+            yield f"callbacks.profile needs {needed} steps; add trainer.max_steps={needed}"
 
 
-def _vocab_size_problems(key: str, size: int | None) -> Iterator[str]:
-    if size is not None and not 257 <= size <= MAX_VOCAB_SIZE:
-        yield f"{key}={size}: it must be at least 257 (256 bytes and the end of text) and at most {MAX_VOCAB_SIZE}"
+@rule("callbacks.early_stopping", "callbacks.exact_match", "data._target_")
+def accuracy_is_measured(early_stopping: dict | None, exact_match: dict | None, target: str) -> Iterator[str]:
+    measured = target.startswith("gptlab.data.problems.") and exact_match
+    if early_stopping and early_stopping.get("monitor") == "val/accuracy" and target in NODES and not measured:
+        yield (
+            "callbacks.early_stopping.monitor=val/accuracy needs data with right answers (data=addition, data=sort) and "
+            "callbacks.exact_match"
+        )
 
 
-def _data_problems(data: Any) -> Iterator[str]:
-    """What can be said of gptlab's own data sets without reading the data."""
-    target = data.get("_target_")
-    if target in (TextConfig._target_, PythonStdlibConfig._target_):
-        yield from _vocab_size_problems("data.vocab_size", data.vocab_size)
-    if target == TextConfig._target_:
-        yield from _text_problems(data)
-    elif target == MemmapConfig._target_:
-        from gptlab.data.files import token_files
+@rule("data")
+def data_files_exist(data: dict) -> Iterator[str]:
+    from gptlab.data import files
 
-        if data.tokenizer not in (None, "gpt2"):
-            yield f"data.tokenizer={data.tokenizer}: it must be gpt2, or null where meta.json says what it is"
-        try:
-            token_files(data.path)
-        except FileNotFoundError as error:
-            yield str(error)
+    kind = NODES.get(data["_target_"])
+    try:
+        if kind is Memmap:
+            files.token_files(data["path"])
+        elif kind is Text:
+            if (data["tokenizer"] == "bpe") != (data["vocab_size"] is not None):
+                yield _vocab_size_text("data.", data, 1024)
+            if data["path"] is not None or (data["url"] is None and data["name"] != files.PYTHON_DOCS):
+                files.text_files(data["path"], "data.path")
+            if data["val_path"] is not None:
+                files.text_files(data["val_path"], "data.val_path")
+    except UserError as error:
+        yield str(error)
 
 
-def _text_problems(data: Any) -> Iterator[str]:
-    from gptlab.data.files import PYTHON_DOCS, text_files
+@rule("tokenizer", "vocab_size", entry="prepare")
+def bpe_has_a_size(tokenizer: str, vocab_size: int | None) -> Iterator[str]:
+    if (tokenizer == "bpe") != (vocab_size is not None):
+        yield _vocab_size_text("", {"tokenizer": tokenizer, "vocab_size": vocab_size}, 8192)
 
-    if data.tokenizer not in ("char", "gpt2", "bpe"):
-        yield f"data.tokenizer={data.tokenizer}: it must be char, gpt2 or bpe"
-    if data.tokenizer == "bpe" and data.vocab_size is None:
-        yield "data.tokenizer=bpe needs data.vocab_size, such as data.vocab_size=1024"
-    elif data.tokenizer != "bpe" and data.vocab_size is not None:
-        yield f"data.vocab_size={data.vocab_size} is for data.tokenizer=bpe; that of {data.tokenizer} follows by itself"
-    own = data.url is None and data.name != PYTHON_DOCS
-    for key in ("path", "val_path"):
-        try:
-            if data[key] is not None or (key == "path" and own):
-                text_files(data[key], f"data.{key}")
-        except (ValueError, FileNotFoundError) as error:
-            yield str(error)
+
+@rule("out", "path", "hub", entry="prepare")
+def out_is_named(out: str | None, path: str | None, hub: str) -> Iterator[str]:
+    if out is None and (path is not None or hub != OPENWEBTEXT):
+        yield "out is missing: name a folder for the token files, such as out=my_docs"
+
+
+def _vocab_size_text(at: str, node: dict, example: int) -> str:
+    if node["vocab_size"] is None:
+        return f"{at}tokenizer=bpe needs {at}vocab_size, such as {at}vocab_size={example}"
+    return f"{at}vocab_size={node['vocab_size']} needs {at}tokenizer=bpe"
+
+
+def validate(values: dict[str, Any], entry: str, references: Collection[str] = ()) -> Any:
+    """The typed config (Train, Sample or Prepare) made from a composed config's plain values.
+
+    Args:
+        references: keys that only repeat another key's value (`${...}`); the other key is reported.
+
+    Raises:
+        UserError: everything that is wrong, one line each.
+    """
+    problems: dict[str, str] = {}
+    valid = values = _without_missing(values)
+    for at, node in _built_nodes(values):
+        schema = NODES[node["_target_"]] if is_known(node) else Custom
+        known = {key: value for key, value in node.items() if key != "_target_" or schema is Custom}
+        checked, wrong = _check(schema, known, f"{at}.", values)
+        problems |= wrong
+        if checked and schema is not Custom:
+            valid = with_value(valid, at, {"_target_": node["_target_"], **checked.model_dump()})
+    config, wrong = _check(ENTRIES[entry], valid, "", values)
+    problems |= wrong
+    if any(key not in references for key in problems):
+        problems = {key: text for key, text in problems.items() if key not in references}
+    texts = list(problems.values())
+    for keys, check in RULES[entry]:
+        if not any(f"{a}.".startswith(f"{b}.") or f"{b}.".startswith(f"{a}.") for a in keys for b in problems):
+            texts += check(*(select(valid, key) for key in keys))
+    if texts:
+        raise UserError("\n".join(texts))
+    return config
+
+
+def is_known(node: dict[str, Any]) -> bool:
+    return isinstance(target := node.get("_target_"), str) and target in NODES
+
+
+def _built_nodes(values: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(key, node) of every node that builds an object."""
+    callbacks = values.get("callbacks")
+    names = callbacks if isinstance(callbacks, dict) else ()
+    for key in ("model", "data", "logger", *(f"callbacks.{name}" for name in names)):
+        if isinstance(node := select(values, key), dict):
+            yield key, node
+
+
+def _check(schema: type[Node], node: dict, at: str, values: dict) -> tuple[Node | None, dict[str, str]]:
+    """The validated node, or the problems by key."""
+    try:
+        return schema.model_validate(node), {}
+    except ValidationError as invalid:
+        found = {at + ".".join(map(str, error["loc"])): error for error in invalid.errors(include_url=False)}
+        return None, {key: _describe(key, error, values) for key, error in found.items()}
+
+
+def _describe(key: str, error: Any, values: dict[str, Any]) -> str:
+    given, kind = error["input"], error["type"]
+    if kind == "extra_forbidden":
+        if key in ("experiment", "debug", "hardware", "recipe"):
+            return f"{key}={next(iter(given), '')}: the first line of its YAML must be `# @package _global_`"
+        return f"unknown key {key}{did_you_mean(key, _all_keys(values, but=key))}"
+    if kind == "missing":
+        fix = "name the class to build, such as my_package.MyClass" if "_target_" in key else f"add {key}=VALUE"
+        return f"{key} is missing; {fix}"
+    shown = f"{key}={YAML_NAMES.get(repr(given), given)!s:.80}"
+    if kind == "dict_type":
+        choose = (
+            f"; to choose {given}, its defaults list says `override /{key}: {given}`" if (CONF / key).is_dir() else ""
+        )
+        return f"{shown}: must be a mapping{choose}"
+    text = error["msg"].removeprefix("Value error, ")
+    if kind == "string_pattern_mismatch":
+        text = "must be PACKAGE.CLASS, such as my_package.MyClass"
+    for pydantic, ours in WORDING.items():
+        text = text.replace(pydantic, ours)
+    return f"{shown}: {text}"
+
+
+YAML_NAMES = {"None": "null", "True": "true", "False": "false"}
+WORDING = {"Input should be": "must be", "a valid integer": "an integer", "a valid string": "a string",
+           "a valid number": "a number", "a valid boolean": "true or false", "a valid list": "a list", " after validation": "", "List should have": "must have",
+           "greater than or equal to": ">=", "less than or equal to": "<=", "greater than": ">", "less than": "<",
+           "'": ""}  # fmt: skip
+
+
+def did_you_mean(given: str, known: list[str]) -> str:
+    """Keys or options like the given one: of the same node, else with the same or a similar last part; else all."""
+    node, _, name = given.rpartition(".")
+    beside = [key for key in known if key.rpartition(".")[0] == node]
+    for candidates, cutoff in ((beside, 0.6), (known, 0.75)):
+        by_name = {key.rpartition(".")[2]: key for key in reversed(candidates)}
+        near = [other for other in by_name if other.startswith(name)] or difflib.get_close_matches(
+            name, by_name, 3, cutoff
+        )
+        if near and name:
+            best = near if len(near) <= 3 else near[:3]
+            return f"; did you mean {' or '.join(by_name[other] for other in best)}?"
+    listed = f"; known: {', '.join(key.rpartition('.')[2] for key in beside)}" if beside else ""
+    return listed + (f"; for Lightning's Trainer: trainer.extra.{name}=VALUE" if node == "trainer" else "")
+
+
+def _all_keys(node: dict[str, Any], but: str, at: str = "") -> list[str]:
+    keys = []
+    for name, value in node.items():
+        if f"{at}{name}" != but:
+            keys.append(f"{at}{name}")
+            keys += _all_keys(value, but, f"{at}{name}.") if isinstance(value, dict) else []
+    return keys
+
+
+def _without_missing(value: Any) -> Any:
+    """Without values that are still to be given (`???`)."""
+    if isinstance(value, dict):
+        return {key: _without_missing(item) for key, item in value.items() if item != "???"}
+    return value
+
+
+def select(values: Any, key: str) -> Any:
+    for part in key.split("."):
+        values = values.get(part) if isinstance(values, dict) else None
+    return values
+
+
+def with_value(values: Any, key: str, value: Any) -> dict[str, Any]:
+    """A copy of nested dicts with another value at the key; what is no dict on the way there is replaced."""
+    first, _, rest = key.partition(".")
+    values = values if isinstance(values, dict) else {}
+    return {**values, first: with_value(values.get(first), rest, value) if rest else value}

@@ -5,6 +5,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from gptlab.errors import UserError
+
 
 def sample_next(logits: Tensor, temperature: float, top_k: int | None, generator: torch.Generator | None) -> Tensor:
     """Draw one id per row from logits (B, V), as (B, 1). Temperature 0 takes the most likely one.
@@ -14,9 +16,8 @@ def sample_next(logits: Tensor, temperature: float, top_k: int | None, generator
     if temperature == 0:
         return logits.argmax(dim=-1, keepdim=True)
     logits = logits.float()
-    logits = (
-        logits - logits.amax(dim=-1, keepdim=True)
-    ) / temperature  # the maximum at 0: no overflow however small the temperature
+    logits = logits - logits.amax(dim=-1, keepdim=True)  # at most 0: no overflow, however small the temperature
+    logits = logits / temperature
     if top_k is not None and top_k < logits.shape[-1]:
         smallest = logits.topk(top_k, dim=-1).values[:, -1:]
         logits = logits.masked_fill(logits < smallest, -torch.inf)
@@ -37,22 +38,21 @@ def generate(
     The model sees the last `model.block_size` tokens and should be in eval mode. `generator` lives on idx's device.
 
     Raises:
-        ValueError: at once, before anything is drawn, for an argument that makes no sense; later, for logits that are
-            not finite.
+        UserError: at once, before anything is drawn, for a bad argument; later, for logits that are not finite.
     """
     problems = []
     if idx.dim() != 2 or idx.shape[1] < 1:
         problems.append(f"the prompt must be (B, T) ids with T >= 1, not {tuple(idx.shape)}")
-    elif idx.numel() and not 0 <= idx.min() <= idx.max() < model.vocab_size:
-        problems.append(f"the prompt's ids reach outside the vocabulary 0..{model.vocab_size - 1}")
+    elif idx.numel() and not 0 <= idx.min() <= idx.max() < model.vocab_size:  # the model does not check it
+        problems.append(f"the prompt has ids outside the vocabulary 0..{model.vocab_size - 1}")
     if max_new_tokens < 0:
-        problems.append(f"max_new_tokens={max_new_tokens}: it must be at least 0")
+        problems.append(f"max_new_tokens={max_new_tokens} must be >= 0")
     if not 0 <= temperature < float("inf"):
-        problems.append(f"temperature={temperature}: it must be a number from 0 (greedy) up")
+        problems.append(f"temperature={temperature} must be >= 0 (0: greedy) and finite")
     if top_k is not None and top_k < 1:
-        problems.append(f"top_k={top_k}: it must be at least 1, or null for the whole vocabulary")
+        problems.append(f"top_k={top_k} must be >= 1, or null for the whole vocabulary")
     if problems:
-        raise ValueError("; ".join(problems))
+        raise UserError("; ".join(problems))
     return _generate(model, idx, max_new_tokens, temperature, top_k, generator)
 
 
@@ -62,7 +62,7 @@ def _generate(model, idx, max_new_tokens, temperature, top_k, generator) -> Iter
         idx = idx[:, -model.block_size :]
         logits = model(idx)[:, -1, : model.vocab_size]
         if not logits.isfinite().all():
-            raise ValueError("the model's logits are not finite: its weights are damaged, or its training had diverged")
+            raise UserError("the model's logits are not finite: its weights are damaged, or training had diverged")
         next_id = sample_next(logits, temperature, top_k, generator)
         yield next_id
         idx = torch.cat((idx, next_id), dim=1)

@@ -1,4 +1,4 @@
-"""What a run says about itself: at its start, at its end, and in its summary."""
+"""What a run says at its start and at its end, and how it can be continued."""
 
 import logging
 import os
@@ -6,23 +6,25 @@ import signal
 import subprocess
 import textwrap
 import traceback
-from pathlib import Path
 from typing import Any
 
-from gptlab import cli, mistakes
-from gptlab import run as runs
+from gptlab.errors import UserError
+from gptlab.run import Run
 
 log = logging.getLogger("gptlab")
 
 
-def announce(run: Path, data: Any, module: Any, trainer: Any, memory: str | None, resumed_at: int | None) -> None:
+def announce(
+    run: Run, data: Any, module: Any, trainer: Any, *, notes: list[str], memory: str | None, resumed_at: int | None
+) -> None:
+    """Say what is about to run; `notes` are texts about the machine, `resumed_at` is a step or None for a new run."""
     from gptlab.callbacks.checkpointing import Checkpointing
 
     if data.warning:
         log.warning("\n*** WARNING: %s ***\n", data.warning)
     parameters = sum(p.numel() for p in module.model.parameters())
-    if cli.hardware_note:
-        log.info(cli.hardware_note)
+    for note in notes:
+        log.info(note)
     log.info("device: %d x %s, precision %s", trainer.world_size, device_name(trainer), trainer.precision)
     log.info("data: %s, vocabulary of %d tokens", data.record["name"], data.tokenizer.vocab_size)
     log.info("model: %s parameters", f"{parameters:,}")
@@ -30,14 +32,14 @@ def announce(run: Path, data: Any, module: Any, trainer: Any, memory: str | None
         log.info(textwrap.fill(f"memory: {memory}", 80, subsequent_indent="  "))
     tokens = f"{data.batch_size * data.block_size:,}"
     log.info("tokens per optimizer step: %s (%d sequences x %d tokens)", tokens, data.batch_size, data.block_size)
-    log.info("run folder: %s", runs.shown(run))
+    log.info("run folder: %s", run)
     if not any(isinstance(callback, Checkpointing) for callback in trainer.callbacks):
         log.warning(
-            "NO CHECKPOINT will be there to resume or sample from: callbacks.checkpointing is left out (in a new run, "
-            "callbacks=[default,NAME] adds to the usual ones)"
+            "NO CHECKPOINT will be saved to resume or sample from: callbacks.checkpointing is missing (in a new run, "
+            "callbacks=[default,NAME] adds NAME to the default callbacks)"
         )
     if resumed_at is not None:
-        log.info("going on at step %d%s", resumed_at, "" if resumed_at else ": nothing was saved yet")
+        log.info("resuming at step %d%s", resumed_at, "" if resumed_at else ": nothing was saved yet")
 
 
 def device_name(trainer: Any) -> str:
@@ -49,102 +51,12 @@ def device_name(trainer: Any) -> str:
     return f"{device.type} ({torch.get_num_threads()} threads)" if device.type == "cpu" else device.type
 
 
-def conclude(run: Path, data: Any, summary: dict[str, Any], start_step: int, hint: str | None, trust: bool) -> None:
-    best, place = summary["best"], runs.shown(run)
-    speed = f", {summary['tokens_per_s']:,.0f} tokens/s while training" if summary["tokens_per_s"] else ""
-    if summary["why"]:
-        log.info("\nstopped at step %d: %s", summary["steps"], summary["why"])
-    log.info("\n%d steps in %.0f s%s", summary["steps"] - start_step, summary["seconds"], speed)
-    if best:
-        log.info("best validation loss on %s, at step %d:", data.record["name"], best["step"])
-        log.info("  %.4f nats per token, %.4f bits per byte", best["val/loss"], best["val/bits_per_byte"])
-    if "val/accuracy" in summary["last"]:
-        log.info("answered exactly, at the last step: %.2f %%", 100 * summary["last"]["val/accuracy"])
-    if hint:
-        log.info(hint)
-    if data.warning:
-        log.warning("\n*** WARNING: %s ***", data.warning)
-    log.info("run folder: %s", place)
-    commands = []
-    if summary["checkpoint"]:
-        longer = {"max_steps": f"trainer.max_steps={2 * summary['steps']}", "max_time": "trainer.max_time=null"}
-        commands += [f"python -m gptlab.sample ckpt={place}{' trust=true' * trust}"]
-        commands += [f"{resume_command(run)} {longer[summary['ended']]}"] if summary["ended"] in longer else []
-    if (run / "tensorboard").is_dir():
-        commands += [f"tensorboard --logdir {place}"]
-    if commands:
-        log.info("\nnext:\n  %s", "\n  ".join(commands))
-
-
-def ended_early(error: BaseException, trainer: Any, run: Path) -> int:
-    """Say what ended a run before its time, and how to go on with it; the exit status, of this process. Where several
-    stop together, the first speaks for all, and the others end with 0: Lightning would kill it for their failing.
-
-    Raises:
-        BaseException: the error itself, if it is a user's mistake, which is shown elsewhere, or another process's.
-    """
-    from gptlab.callbacks.interrupts import Interrupted
-    from gptlab.memory import LESS_MEMORY, out_of_memory
-    from gptlab.watch import Diverged
-
-    first = trainer.is_global_zero
-    if isinstance(error, Interrupted):
-        what, status = f"stopped by {error}", 143 if error.signum == signal.SIGUSR1 else 128 + error.signum
-    elif isinstance(error, SystemExit) and trainer.interrupted:  # Ctrl-C twice; Lightning would exit with 1
-        what, status = "interrupted", 130
-    elif isinstance(error, RuntimeError) and out_of_memory(error):
-        what, status = f"ERROR: {error}\n{LESS_MEMORY}", 1
-    elif isinstance(error, (Diverged, OSError)):
-        what, status = f"ERROR: {error}", 1
-    else:
-        mistake = mistakes.explain(error, composing=False) is not None
-        what, status = "" if mistake else traceback.format_exc().rstrip(), 1
-        if mistake or isinstance(error, SystemExit) or not first:
-            raise error
-    if first:
-        again, more = "to go on from there" if runs.checkpoints(run) else "to start it again", ""
-        if isinstance(error, Diverged):
-            again, more = "to leave its update out and go on", f" optim.skip_nonfinite={error.skipped}"
-        step = trainer.global_step  # 0, too, where a resume has yet to read its checkpoint
-        reached = f"at step {step}; " if step else ""
-        log.info("\n%s\n%s%s; %s:", what, reached, saved_so_far(run), again)
-        log.info("  %s%s", resume_command(run), more)
-        if isinstance(error, Interrupted) and error.signum == signal.SIGUSR1:
-            requeue()
-    return status if first or not isinstance(error, (Interrupted, Diverged)) else 0
-
-
-def requeue() -> None:
-    """Have SLURM start this job again, as it asked for with its signal."""
-    job, array = os.environ["SLURM_JOB_ID"], os.environ.get("SLURM_ARRAY_JOB_ID")
-    job = f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}" if array else job
-    try:
-        subprocess.run(["scontrol", "requeue", job], check=True, timeout=20)
-        log.info("requeued SLURM job %s", job)
-    except (OSError, subprocess.SubprocessError) as error:
-        log.warning("SLURM job %s could not be requeued: %s", job, error)
-
-
-def resume_command(run: Path) -> str:
-    return f"python -m gptlab.train resume={runs.shown(run)}"
-
-
-def saved_so_far(run: Path) -> str:
-    from gptlab import checkpoint
-
-    for ckpt in runs.checkpoints(run)[:1]:
-        try:
-            return f"the last checkpoint is of step {checkpoint.read(ckpt, mmap=True)['global_step']}"
-        except ValueError as error:
-            return str(error)
-    return "nothing was saved yet"
-
-
-def summarise(run: Path, trainer: Any, module: Any, data: Any, seconds: float) -> dict[str, Any]:
+def summarize(run: Run, trainer: Any, module: Any, data: Any, seconds: float) -> dict[str, Any]:
+    """What summary.json holds."""
     from gptlab.callbacks.throughput import Throughput
 
     checkpoints = [f"checkpoints/{name}.ckpt" for name in ("best", "last")]
-    ended, why = ending(trainer)
+    ended, why = _ending(trainer)
     speeds = [callback.tokens_per_s for callback in trainer.callbacks if isinstance(callback, Throughput)]
     return {
         "status": "finished",
@@ -156,12 +68,12 @@ def summarise(run: Path, trainer: Any, module: Any, data: Any, seconds: float) -
         "tokens_per_s": speeds[0] if speeds else None,
         "seconds": seconds,
         "data": data.record,
-        "checkpoint": next((path for path in checkpoints if (run / path).exists()), None),
+        "checkpoint": next((path for path in checkpoints if (run.folder / path).exists()), None),
     }
 
 
-def ending(trainer: Any) -> tuple[str, str | None]:
-    """What ended the run; and in words, where it was not the last of its steps."""
+def _ending(trainer: Any) -> tuple[str, str | None]:
+    """What ended the run; and a text, where that was not its last step."""
     from lightning.pytorch.callbacks import Timer
 
     from gptlab.callbacks.early_stopping import EarlyStopping
@@ -171,11 +83,118 @@ def ending(trainer: Any) -> tuple[str, str | None]:
             return "early_stopping", callback.why
     if trainer.global_step >= trainer.max_steps:
         return "max_steps", None
-    if any(time_is_over(callback) for callback in trainer.callbacks if isinstance(callback, Timer)):
-        return "max_time", "the time that trainer.max_time allows is over"
+    remaining = [callback.time_remaining() for callback in trainer.callbacks if isinstance(callback, Timer)]
+    if any(seconds is not None and seconds <= 0 for seconds in remaining):
+        return "max_time", "trainer.max_time is over"
     return "callback", "a callback ended it"
 
 
-def time_is_over(timer: Any) -> bool:
-    remaining = timer.time_remaining()
-    return remaining is not None and remaining <= 0
+def conclude(
+    run: Run, data: Any, summary: dict[str, Any], start_step: int, *, sample_arguments: str = "", trust: bool = False
+) -> None:
+    """Say how the run ended and what to do next.
+
+    Args:
+        sample_arguments: for the command that samples from the run, such as "prompt='85+50='".
+        trust: whether resuming the run takes trust=true.
+    """
+    best = summary["best"]
+    speed = f", {summary['tokens_per_s']:,.0f} tokens/s while training" if summary["tokens_per_s"] else ""
+    if summary["why"]:
+        log.info("\nstopped at step %d: %s", summary["steps"], summary["why"])
+    log.info("\n%d steps in %.0f s%s", summary["steps"] - start_step, summary["seconds"], speed)
+    if best:
+        log.info("best validation loss on %s, at step %d:", data.record["name"], best["step"])
+        log.info("  %.4f nats per token, %.4f bits per byte", best["val/loss"], best["val/bits_per_byte"])
+    if "val/accuracy" in summary["last"]:
+        log.info("exact answers at the last step: %.2f %%", 100 * summary["last"]["val/accuracy"])
+    if data.warning:
+        log.warning("\n*** WARNING: %s ***", data.warning)
+    log.info("run folder: %s", run)
+    commands = []
+    if summary["checkpoint"]:
+        longer = train_longer(run, summary, trust)
+        commands += [f"python -m gptlab.sample ckpt={run} {sample_arguments}".rstrip(), *([longer] if longer else [])]
+    if (run.folder / "tensorboard").is_dir():
+        commands += [f"tensorboard --logdir {run}"]
+    if commands:
+        log.info("\nnext:\n  %s", "\n  ".join(commands))
+
+
+def already_finished(run: Run, summary: dict[str, Any], trust: bool = False) -> None:
+    """Say that there is nothing to resume."""
+    longer = train_longer(run, summary, trust)
+    log.info("this run is finished: %s", summary["why"] or f"all {summary['steps']} steps are done")
+    if longer:
+        log.info("to train longer:\n  %s", longer)
+
+
+def train_longer(run: Run, summary: dict[str, Any], trust: bool) -> str | None:
+    """The command that lifts the limit which ended the run; None if it was none of trainer's."""
+    limits = {"max_steps": f"trainer.max_steps={2 * summary['steps']}", "max_time": "trainer.max_time=null"}
+    limit = limits.get(summary["ended"])
+    return f"{resume_command(run, trust)} {limit}" if limit else None
+
+
+def resume_command(run: Run, trust: bool = False) -> str:
+    return f"python -m gptlab.train resume={run}{' trust=true' * trust}"
+
+
+def ended_early(error: BaseException, trainer: Any, run: Run, *, trust: bool = False) -> int:
+    """Say what ended a run early, and how to resume it; returns this process's exit status. Where several processes stop
+    together, the first speaks for all, and the others return 0: Lightning would kill it if they failed.
+
+    Raises:
+        BaseException: the error itself, if it is a user's to fix, which is shown elsewhere, or of another process.
+    """
+    from gptlab.callbacks.interrupts import Interrupted
+    from gptlab.memory import LESS_MEMORY, out_of_memory
+    from gptlab.watch import Diverged
+
+    if isinstance(error, UserError):
+        raise error
+    first = trainer.is_global_zero
+    if isinstance(error, Interrupted):
+        what, status = f"stopped by {error}", 143 if error.signum == signal.SIGUSR1 else 128 + error.signum
+    elif isinstance(error, SystemExit) and trainer.interrupted:  # Ctrl-C twice; Lightning would exit with 1
+        what, status = "interrupted", 130
+    elif isinstance(error, RuntimeError) and out_of_memory(error):
+        what, status = f"ERROR: {error}\n{LESS_MEMORY}", 1
+    elif isinstance(error, Diverged | OSError):
+        what, status = f"ERROR: {error}", 1
+    elif isinstance(error, SystemExit) or not first:
+        raise error
+    else:
+        what, status = "".join(traceback.format_exception(error)).rstrip(), 1
+    if first:
+        again, more = "to resume" if run.checkpoints() else "to start it again", ""
+        if isinstance(error, Diverged):
+            again, more = "to skip its update and resume", f" optim.skip_nonfinite={error.skipped}"
+        step = trainer.global_step  # 0, too, where a resume has yet to read its checkpoint
+        log.info("\n%s\n%s%s; %s:", what, f"at step {step}; " if step else "", _last_saved(run), again)
+        log.info("  %s%s", resume_command(run, trust), more)
+        if isinstance(error, Interrupted) and error.signum == signal.SIGUSR1:
+            requeue()
+    return status if first or not isinstance(error, Interrupted | Diverged) else 0
+
+
+def _last_saved(run: Run) -> str:
+    from gptlab import checkpoint
+
+    for path in run.checkpoints()[:1]:
+        try:
+            return f"the last checkpoint is of step {checkpoint.read(path, mmap=True)['global_step']}"
+        except UserError as error:
+            return str(error)
+    return "nothing was saved yet"
+
+
+def requeue() -> None:
+    """Have SLURM start this job again, as its signal asks for."""
+    job, array = os.environ["SLURM_JOB_ID"], os.environ.get("SLURM_ARRAY_JOB_ID")
+    job = f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}" if array else job
+    try:
+        subprocess.run(["scontrol", "requeue", job], check=True, timeout=20)
+        log.info("requeued SLURM job %s", job)
+    except (OSError, subprocess.SubprocessError) as error:
+        log.warning("could not requeue SLURM job %s: %s", job, error)

@@ -1,130 +1,130 @@
-"""Going on with a run: which checkpoint, and whether it is this run's and there is anything left to do."""
+"""Resuming a run: what may change, whether the checkpoint is of this run and its data, and whether anything is left to do."""
 
+import difflib
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
-from gptlab import cli
-from gptlab import report as reports
-from gptlab import run as runs
+from gptlab.errors import UserError
+from gptlab.run import SAVED, Run, is_first_process
 
-PLAIN = ("global_step", "config", "tokenizer", "data", "callbacks", "watch")  # of what is in a checkpoint
+# How long to train, and what is the machine's: neither changes what a step does. (Data are compared by their checksums.)
+RESUME_MAY_CHANGE = (
+    "trainer.max_steps", "trainer.max_time", "optim.decay_steps", "optim.skip_nonfinite", "trainer.accelerator",
+    "trainer.devices", "trainer.num_nodes", "trainer.strategy", "trainer.log_every", "trainer.checkpoint_every",
+    "trainer.keep_every", "data.workers", "data.micro_batch_size", "data.path", "data.val_path", "data.folder",
+)  # fmt: skip
+FOLLOWS = ("callbacks.checkpointing.every", "callbacks.checkpointing.keep_every", "data.fallback")  # from the above
 OF_A_STEP = ("seed", "model.", "data.", "optim.", "trainer.", "callbacks.")  # config that decides what a run computes
+STATE = ("global_step", "config", "tokenizer", "data", "callbacks", "watch")  # the non-tensors of a checkpoint
 
 log = logging.getLogger("gptlab")
 
 
-def last_state(run: Path) -> tuple[Path | None, dict[str, Any]]:
-    """The checkpoint that a resume goes on from, and what is in it but for its tensors, which would stay in memory beside
-    those of the run; (None, {}) if the run was stopped before it saved anything, and starts again. What turns out to be
-    damaged is set aside under another name.
+def check_changes(keys: Collection[str]) -> None:
+    """Raises UserError for keys of the command line that a resume cannot change."""
+    refused = [key for key in keys if key not in RESUME_MAY_CHANGE]
+    if refused:
+        names = {key.rpartition(".")[2]: key for key in RESUME_MAY_CHANGE}
+        close = [difflib.get_close_matches(key.rpartition(".")[2], names, 1, 0.8) for key in refused]
+        meant = ", ".join(names[match] for matches in close for match in matches)
+        raise UserError(
+            f"a resumed run keeps its config; cannot change {', '.join(refused)}"
+            + (f" (did you mean {meant}?)" if meant else "")
+            + f"; can change {', '.join(RESUME_MAY_CHANGE)}; for anything else start a new run"
+        )
+    if "optim.decay_steps" in keys and "trainer.max_steps" not in keys:
+        raise UserError("optim.decay_steps is the schedule of a longer run: give trainer.max_steps with it")
+
+
+def find_state(run: Run) -> tuple[Path | None, dict[str, Any]]:
+    """The newest readable checkpoint and its non-tensor state; `(None, {})` if nothing was saved yet. Damaged newer ones
+    are renamed.
 
     Raises:
-        ValueError: there are checkpoints, and none of them can be read; or there were some, and they are gone: beginning
-            anew, the run would write over what it logged.
+        UserError: no checkpoint can be read, or all were lost: restarting would overwrite what the run logged.
     """
     from gptlab import checkpoint
 
-    problems: dict[Path, str] = {}
-    for path in runs.checkpoints(run):
+    damaged: dict[Path, str] = {}
+    for path in run.checkpoints():
         try:
-            saved = checkpoint.read(path)
-        except ValueError as error:
-            problems[path] = str(error)
+            content = checkpoint.read(path)
+        except checkpoint.DamagedError as error:
+            damaged[path] = str(error)
             continue
-        for damaged in problems:
-            set_aside(damaged)
+        if is_first_process():
+            _rename_damaged(damaged)
         if path.name != "last.ckpt":
-            why = "\n".join(problems.values()) or "there is no last.ckpt"
-            log.warning("%s: going on from %s, of step %d", why, path.name, saved["global_step"])
-        return path, {key: saved[key] for key in PLAIN if key in saved}
-    if problems:
-        raise ValueError("\n".join([*problems.values(), "there is nothing to go on from: start a new run"]))
-    if (run / runs.SAVED).exists():
-        raise ValueError(
-            f"{run / 'checkpoints'} holds no checkpoint any more, and the run has had some: put them back, or start a new "
-            f"run (to begin anew in this folder, remove {run / runs.SAVED})"
+            why = "\n".join(damaged.values()) or "last.ckpt is missing"
+            log.warning("%s: resuming from %s, of step %d", why, path.name, content["global_step"])
+        return path, {key: content[key] for key in STATE if key in content}
+    if damaged:
+        raise UserError("\n".join([*damaged.values(), "no checkpoint left to resume from; start a new run"]))
+    if (run.folder / SAVED).exists():
+        raise UserError(
+            f"{run} has lost its checkpoints; restore them, or start a new run (to restart in this folder, remove "
+            f"{run.folder / SAVED})"
         )
     return None, {}
 
 
-def set_aside(damaged: Path) -> None:
-    """Under another name, and with it the best checkpoint if that is the same file."""
-    if not cli.is_first_process():
-        return
-    best = damaged.with_name("best.ckpt")
-    for path in [best, damaged] if best.exists() and best.samefile(damaged) else [damaged]:
-        path.rename(path.with_name(f"{path.name}.damaged"))
+def _rename_damaged(paths: Collection[Path]) -> None:
+    for damaged in paths:
+        best = damaged.with_name("best.ckpt")
+        for path in [best, damaged] if best.exists() and best.samefile(damaged) else [damaged]:
+            path.rename(path.with_name(f"{path.name}.damaged"))
 
 
-def leaves(config: Any, at: str = "") -> Iterator[tuple[str, Any]]:
-    """(key, value) of all values, with keys as on the command line."""
+def leaf_values(config: Any, at: str = "") -> Iterator[tuple[str, Any]]:
+    """(key, value) of all values of a nested config, with keys as on the command line."""
     if isinstance(config, dict):
         for key, value in config.items():
-            yield from leaves(value, f"{at}.{key}".lstrip("."))
+            yield from leaf_values(value, f"{at}.{key}".lstrip("."))
     else:
         yield at, config
 
 
-def check_same_run(ckpt: Path, saved: dict[str, Any], resolved: dict[str, Any]) -> None:
-    """Raises ValueError if the checkpoint is not of the run whose config this is, or cannot be gone on from."""
-    if "watch" not in saved:
-        raise ValueError(f"{ckpt} is of an older gptlab: it can be sampled from, but not gone on with")
-    was, now = (dict(leaves(config)) for config in (saved["config"], runs.without_paths(resolved)))
-    free = (*cli.RESUME_MAY_CHANGE, "callbacks.checkpointing.every", "data.fallback")
+def check_same_run(
+    ckpt: Path, state: dict[str, Any], config: dict[str, Any], data: dict[str, str], tokenizer: dict[str, Any]
+) -> None:
+    """Compare a checkpoint with the run that is to be resumed, before anything in its folder is touched.
+
+    Args:
+        config: plain values; data: name and checksums of what is on disk now; tokenizer: its state.
+
+    Raises:
+        UserError: the checkpoint is of another run, of other data, or of an older gptlab.
+    """
+    if "watch" not in state:
+        raise UserError(f"{ckpt} is of an older gptlab: it can be sampled from, but not resumed")
+    was, now = dict(leaf_values(state["config"])), dict(leaf_values(config))
     for key in {**was, **now}:
-        if key.startswith(OF_A_STEP) and key not in free and was.get(key) != now.get(key):
-            raise ValueError(
+        free = key in RESUME_MAY_CHANGE or key in FOLLOWS or not key.startswith(OF_A_STEP)
+        if not free and was.get(key) != now.get(key):
+            raise UserError(
                 f"{ckpt} is of another run: {key} is {was.get(key)} in it, and {now.get(key)} in config.yaml"
             )
+    if state["data"] != data:
+        before, after = (json.dumps({k: str(v)[:20] for k, v in record.items()}) for record in (state["data"], data))
+        raise UserError(f"the data changed since: the run trained on {before}, now there is {after}; restore the old data, or start a new run")  # fmt: skip
+    if state["tokenizer"] != tokenizer:
+        raise UserError(f"the tokenizer of data={data['name']} changed since the run began; start a new run")
 
 
-def check_same_data(saved: dict[str, Any], data: Any) -> None:
-    """Before anything in the run folder is touched: a resume must go on with the data that the run began with.
-
-    Raises:
-        ValueError: the text has changed since.
-    """
-    was, now = (
-        ", ".join(f"{key} {str(value)[:20]}" for key, value in record.items())
-        for record in (saved["data"], data.record)
-    )
-    if saved["data"] != data.record:
-        raise ValueError(
-            f"the run was trained on other data ({was}) than what is there now ({now}): put the old text back, or start "
-            "a new run"
-        )
-    if saved["tokenizer"] != data.tokenizer.state():
-        raise ValueError(f"the run had another tokenizer than what makes tokens of {now} now: start a new run")
-
-
-def already_finished(run: Path, limits: Any, saved: dict[str, Any]) -> dict[str, Any] | None:
-    """The summary of a run that has nothing left to do, after saying so; None if there is something left.
+def finished_summary(run: Run, state: dict[str, Any], max_steps: int, max_time: str | None) -> dict[str, Any] | None:
+    """The summary of a run that has nothing left to do; None if there is something left.
 
     Raises:
-        ValueError: it is to end before the step that it has reached.
+        UserError: it is to end before the step that it has reached.
     """
-    from lightning.pytorch.callbacks import Timer
-
-    path, step = run / "summary.json", saved["global_step"]
-    if limits.max_steps < step:
-        raise ValueError(f"trainer.max_steps={limits.max_steps}: the run has reached step {step} already")
-    try:
-        summary = json.loads(path.read_text("utf-8"))
-    except (FileNotFoundError, json.JSONDecodeError):
+    step, summary = state["global_step"], run.read_summary()
+    if max_steps < step:
+        raise UserError(f"trainer.max_steps={max_steps}: the run has already reached step {step}")
+    if summary is None or step < summary["steps"]:
         return None
-    timer = Timer(limits.max_time)
-    timer.load_state_dict(saved["callbacks"].get("Timer", {}))
-    if summary["ended"] in ("early_stopping", "callback"):
-        log.info("this run has stopped at step %d and is finished: %s", step, summary["why"])
-    elif step >= limits.max_steps:
-        more = f"{reports.resume_command(run)} trainer.max_steps={2 * step}"
-        log.info("this run has finished its %d steps; to train longer:\n  %s", step, more)
-    elif summary["ended"] == "max_time" and reports.time_is_over(timer):
-        more = f"{reports.resume_command(run)} trainer.max_time=null"
-        log.info("this run has stopped at step %d: %s; to train longer:\n  %s", step, summary["why"], more)
-    else:
-        return None
-    return summary
+    limits, before = {"max_steps": max_steps, "max_time": max_time}, state["config"]["trainer"]
+    ended = summary["ended"]
+    return summary if ended not in limits or limits[ended] == before[ended] else None

@@ -1,77 +1,85 @@
 """python -m gptlab.sample: text from a checkpoint. Reads nothing but the checkpoint."""
 
+import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from gptlab import cli, config
-from gptlab import run as runs
+from gptlab.errors import MissingFileError, UserError
+from gptlab.run import find_checkpoint
+from gptlab.terminal import printable
 
 
-def sample(cfg: Any) -> None:
+def sample(cfg: config.Sample) -> None:
     """Write `num_samples` continuations of the prompt to standard output, as they are drawn."""
     if cfg.ckpt is None:
-        raise ValueError("ckpt is missing: give a run folder or a checkpoint file, ckpt=outputs/NAME/DATE")
-    if problems := list(config.value_problems(cfg)):
-        raise ValueError("\n".join(problems))
-    path = runs.find_checkpoint(cfg.ckpt, ("best", "last", "previous"))
-    text = read_prompt(cfg.prompt, cfg.prompt_file)
+        raise UserError("ckpt is missing; give a run folder, a checkpoint file, or latest: ckpt=outputs/NAME/DATE")
+    path = find_checkpoint(cfg.ckpt)
+    prompt = read_prompt(cfg.prompt, cfg.prompt_file)
 
     import torch
 
     from gptlab import checkpoint
+    from gptlab.data.notation import notation_of
     from gptlab.generate import generate
 
     device = choose_device(cfg.device)
-    model, tokenizer, _ = checkpoint.load(path, device, trust=cfg.trust)
-    text = text or tokenizer.start
+    model, tokenizer, saved = checkpoint.load(path, device, trust=cfg.trust)
+    prompt = prompt or tokenizer.start
+    notation = notation_of(saved["data"])
+    question = notation.parse(prompt) if notation else None  # 85+50=
     try:
-        ids = tokenizer.encode(text)
+        ids = tokenizer.encode(question or prompt)
     except ValueError as error:
-        raise ValueError(f"{'prompt' if cfg.prompt_file is None else 'prompt_file'}: {error}") from None
+        raise UserError(f"{'prompt_file' if cfg.prompt_file else 'prompt'}: {error}") from None
     idx = torch.from_numpy(ids.astype("int64")).to(device)[None]
+    show = printable if sys.stdout.isatty() else str
     for i in range(cfg.num_samples):
         generator = torch.Generator(device).manual_seed(cfg.seed + i)
+        length = notation.n_answer if question else cfg.max_new_tokens
+        new = generate(model, idx, length, temperature=cfg.temperature, top_k=cfg.top_k, generator=generator)
         if i:
             print("\n" + "-" * 20)
-        print(text, end="")
-        new = generate(
-            model, idx, cfg.max_new_tokens, temperature=cfg.temperature, top_k=cfg.top_k, generator=generator
-        )
-        for piece in pieces(tokenizer, ids.tolist(), (int(next_id) for next_id in new)):
-            print(piece, end="", flush=True)
+        if question:
+            answer = tokenizer.decode([int(next_id) for next_id in new])
+            print(notation.format_question(question) + notation.format_answer(answer))
+            continue
+        print(show(prompt), end="")
+        for piece in decode_stream(tokenizer, ids.tolist(), (int(next_id) for next_id in new)):
+            print(show(piece), end="", flush=True)
         print()
 
 
-def pieces(tokenizer: Any, prompt: list[int], new: Iterable[int]) -> Iterator[str]:
-    """The text that each new id adds to what was there: decoded with all before it, as a token may be a word that needs
-    a space, or a part of a character, which is held back until it is whole."""
-    ids, shown = list(prompt), tokenizer.decode(prompt)
+def decode_stream(tokenizer: Any, prompt: list[int], new: Iterable[int]) -> Iterator[str]:
+    """The text that each new id adds. All ids are decoded together, as a token may be a word that needs a space, or part
+    of a character, which is held back until it is complete."""
+    ids, written = list(prompt), tokenizer.decode(prompt)
     for next_id in new:
         ids.append(next_id)
         text = tokenizer.decode(ids)
         if not text.endswith("\ufffd"):
-            yield text[len(shown) :]
-            shown = text
-    yield tokenizer.decode(ids)[len(shown) :]
+            yield text[len(written) :]
+            written = text
+    yield tokenizer.decode(ids)[len(written) :]
 
 
 def read_prompt(prompt: str | None, prompt_file: str | None) -> str:
-    """Raises ValueError if both are given, FileNotFoundError if the file cannot be read."""
+    """Raises UserError if both are given, or the file cannot be read."""
     if prompt_file is None:
         return prompt or ""
     if prompt is not None:
-        raise ValueError("prompt and prompt_file exclude each other: give one of them")
+        raise UserError("prompt and prompt_file exclude each other; give one of them")
     try:
-        return Path(prompt_file).expanduser().read_bytes().decode("utf-8")
+        return Path(prompt_file).read_bytes().decode("utf-8-sig")
     except OSError as error:
-        raise FileNotFoundError(f"prompt_file={prompt_file}: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise ValueError(f"prompt_file={prompt_file} is not UTF-8 text (byte {error.start})") from None
+        raise MissingFileError(f"prompt_file={prompt_file}: {error.strerror}") from None
+    except ValueError as error:  # of the name or the content
+        raise UserError(f"prompt_file={prompt_file}: not UTF-8 text ({error})") from None
 
 
 def choose_device(device: str) -> Any:
-    """Raises ValueError for a device that torch does not know or see here."""
+    """Raises UserError for a device that torch does not know or see here."""
     import torch
 
     if device == "auto":
@@ -79,9 +87,8 @@ def choose_device(device: str) -> Any:
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(
-            f"device={device} cannot be used here ({str(error).splitlines()[0][:80]}); it may be auto, cpu, cuda or mps"
-        ) from None
+        reason = str(error).splitlines()[0][:80]
+        raise UserError(f"device={device}: not available ({reason}); use auto, cpu, cuda or mps") from None
     return torch.device(device)
 
 

@@ -1,6 +1,7 @@
 """Text <-> token ids. A tokenizer's state is plain JSON, so that a checkpoint carries it."""
 
 import base64
+import os
 import re
 import sys
 from collections.abc import Iterable, Iterator
@@ -9,21 +10,23 @@ from typing import Any
 
 import numpy as np
 
-from gptlab.config import MAX_VOCAB_SIZE
+from gptlab.errors import UserError
+
+MAX_VOCAB_SIZE = 2**20  # five times the largest vocabulary in use
 
 
 class CharTokenizer:
-    """One token per character; the ids follow the order of `chars`. (`CharTokenizer("0123456789")`: digits.)
+    """One token per character; ids follow the order of `chars`, such as `CharTokenizer("0123456789")`.
 
     Raises:
-        ValueError: `chars` is empty or repeats a character.
+        UserError: `chars` is empty, repeats a character, or has lone surrogates.
     """
 
     def __init__(self, chars: str) -> None:
         if not isinstance(chars, str) or not chars or len(set(chars)) != len(chars):
-            raise ValueError("a character vocabulary must be a string of at least one character, none twice")
+            raise UserError("a character vocabulary must be a string of at least one character, none twice")
         if any("\ud800" <= char <= "\udfff" for char in chars):
-            raise ValueError("a character vocabulary must have no lone surrogates, which are no characters")
+            raise UserError("a character vocabulary must not have lone surrogates")
         self.chars = chars
         self._id_of_code = np.full(sys.maxunicode + 1, -1, dtype=np.int32)
         self._id_of_code[code_points(chars)] = np.arange(len(chars))
@@ -39,36 +42,36 @@ class CharTokenizer:
 
     @property
     def start(self) -> str:
-        """What an empty prompt stands for, as a model needs a first token: the line break, else the first character."""
+        """What an empty prompt is replaced by: a newline, else the first character."""
         return "\n" if "\n" in self.chars else self.chars[0]
 
     def encode(self, text: str) -> np.ndarray:
         """Ids of the text's characters, in the smallest unsigned type that holds the vocabulary.
 
         Raises:
-            ValueError: a character that the vocabulary lacks; the text names the first one and its place.
+            UserError: a character that the vocabulary lacks.
         """
         ids = self._id_of_code[code_points(text)]
         if (ids < 0).any():
-            raise ValueError(self._unknown(text, int(np.argmax(ids < 0))))
+            raise UserError(self._describe_unknown(text, int(np.argmax(ids < 0))))
         return ids.astype(id_type(self.vocab_size))
 
-    def _unknown(self, text: str, at: int) -> str:
+    def _describe_unknown(self, text: str, at: int) -> str:
         char = text[at]
         if "\ud800" <= char <= "\udfff":
-            return _lone_surrogate(text, at)
-        few = f"{self.chars[:100]!r}" + (f" and {self.vocab_size - 100} more" if self.vocab_size > 100 else "")
+            return _describe_surrogate(text, at)
+        more = f" and {self.vocab_size - 100} more" if self.vocab_size > 100 else ""
         return (
-            f"the character {char!r} (U+{ord(char):04X}, at position {at}) is not in the vocabulary of "
-            f"{self.vocab_size} characters: {few}"
+            f"character {char!r} (U+{ord(char):04X}, at position {at}) is not in the vocabulary of {self.vocab_size} "
+            f"characters: {self.chars[:100]!r}{more}"
         )
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text; U+FFFD for an id that there is not."""
+        """The text; U+FFFD for an unknown id."""
         return "".join(self.chars[i] if 0 <= i < len(self.chars) else "\ufffd" for i in ids)
 
     def token_bytes(self) -> np.ndarray:
-        """How many bytes of UTF-8 each token stands for, (vocab_size,): what bits per byte are counted with."""
+        """Bytes of UTF-8 per token, (vocab_size,): what bits per byte are counted with."""
         return np.array([len(char.encode("utf-8")) for char in self.chars])
 
     def state(self) -> dict[str, Any]:
@@ -76,32 +79,56 @@ class CharTokenizer:
 
 
 class BPETokenizer:
-    """Byte-level byte-pair encoding, as in GPT-2 (Radford et al. 2019): the text is cut into words, numbers, signs and
-    blanks by GPT-2's pattern, and in each the pairs of neighbouring tokens are merged, the lowest id first. Done by
-    tiktoken; any text can be encoded.
+    """Byte-level byte-pair encoding, as in GPT-2 (Radford et al. 2019): GPT-2's pattern splits the text into words,
+    numbers, punctuation and whitespace, and in each the pairs of neighboring tokens are merged, the lowest id first.
+    tiktoken does it; any text can be encoded.
 
     Args:
-        tokens: what each id stands for, the single bytes among them, merged ones in the order in which they were
-            learned. One more id follows: the end of a text, which stands for no text and is never encoded from any.
+        tokens: the bytes of each id: the 256 single bytes, and merged tokens in the order in which they were learned.
+            One more id follows, the end of a text, which no text is encoded to.
 
     Raises:
-        ValueError: a token twice, a byte missing, or more tokens than MAX_VOCAB_SIZE.
+        UserError: a token twice, a byte missing, or more tokens than MAX_VOCAB_SIZE.
     """
 
-    # GPT-2's, as tiktoken writes it: without backtracking where none can help.
+    # GPT-2's, as tiktoken writes it: possessive where backtracking cannot help.
     PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
-    start = "\n"  # what an empty prompt stands for, as in nanoGPT's sample.py
+    start = "\n"  # what an empty prompt is replaced by, as in nanoGPT's sample.py
     END_OF_TEXT = "<|endoftext|>"
 
     def __init__(self, tokens: list[bytes]) -> None:
         self.tokens = tokens
         if not 256 <= len(tokens) < MAX_VOCAB_SIZE:
-            raise ValueError(f"a BPE vocabulary has 256 to {MAX_VOCAB_SIZE - 1:,} tokens, not {len(tokens):,}")
+            raise UserError(f"a BPE vocabulary must have 256 to {MAX_VOCAB_SIZE - 1:,} tokens, not {len(tokens):,}")
         if len(set(tokens)) != len(tokens) or b"" in tokens:
-            raise ValueError("a BPE vocabulary must have no token twice, and no empty one")
+            raise UserError("a BPE vocabulary must have no token twice, and no empty one")
         if missing := {bytes([i]) for i in range(256)}.difference(tokens):
-            raise ValueError(f"a BPE vocabulary must have every single byte, and lacks {sorted(missing)[0]!r}")
-        self._text_of_id = [*tokens, self.END_OF_TEXT.encode()]
+            raise UserError(f"a BPE vocabulary must have every single byte, and lacks {sorted(missing)[0]!r}")
+        self._bytes_of_id = [*tokens, self.END_OF_TEXT.encode()]
+
+    @classmethod
+    def learn(cls, pieces: Iterable[str], vocab_size: int) -> "BPETokenizer":
+        """`vocab_size` tokens, the end of a text included, learned from a text in pieces (Sennrich et al. 2016) by
+        Hugging Face's tokenizers. The same text gives the same tokens.
+
+        Raises:
+            UserError: a vocabulary too small for the bytes, absurdly large, or larger than the text allows.
+        """
+        if not 257 <= vocab_size <= MAX_VOCAB_SIZE:
+            raise UserError(f"vocab_size={vocab_size} must be 257 (bytes and end of text) to {MAX_VOCAB_SIZE:,}")
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # unset, it warns about worker processes started later
+        from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+        tokenizer = Tokenizer(models.BPE())
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+        trainer = trainers.BpeTrainer(vocab_size=vocab_size - 1, initial_alphabet=alphabet, show_progress=False)
+        tokenizer.train_from_iterator(align_to_words(pieces), trainer)
+        ids = tokenizer.get_vocab()
+        if len(ids) + 1 < vocab_size:
+            raise UserError(f"vocab_size={vocab_size} must be at most {len(ids) + 1}: the text yields no more tokens")
+        byte_of = _byte_of_character()
+        return cls([bytes(byte_of[char] for char in token) for token in sorted(ids, key=ids.get)])
 
     @property
     def vocab_size(self) -> int:
@@ -109,7 +136,7 @@ class BPETokenizer:
 
     @property
     def end_of_text(self) -> int:
-        """The id between documents: nanoGPT puts it at the end of each."""
+        """The id between documents; nanoGPT puts it at the end of each."""
         return len(self.tokens)
 
     @cached_property
@@ -124,21 +151,21 @@ class BPETokenizer:
         """Ids of the text, in the smallest unsigned type that holds the vocabulary; `<|endoftext|>` in it is text.
 
         Raises:
-            ValueError: a lone surrogate; the text names its place.
+            UserError: a lone surrogate.
         """
         try:
-            ids = [self._encoding.encode_to_numpy(part, disallowed_special=()) for part in _without_long_blanks(text)]
+            ids = [self._encoding.encode_to_numpy(part, disallowed_special=()) for part in _split_long_whitespace(text)]
         except UnicodeEncodeError as error:
-            raise ValueError(_lone_surrogate(text, text.index(error.object[error.start]))) from None
+            raise UserError(_describe_surrogate(text, text.index(error.object[error.start]))) from None
         return np.concatenate(ids).astype(id_type(self.vocab_size))
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text; U+FFFD for bytes that are no whole character, and for an id that there is not."""
-        known = self._text_of_id
+        """The text; U+FFFD for bytes that are not a whole character, and for an unknown id."""
+        known = self._bytes_of_id
         return b"".join(known[i] if 0 <= i < len(known) else b"\xff" for i in ids).decode("utf-8", "replace")
 
     def token_bytes(self) -> np.ndarray:
-        """How many bytes of text each token stands for, (vocab_size,): the end of a text for none."""
+        """Bytes of text per token, (vocab_size,); 0 for the end of a text."""
         return np.array([*map(len, self.tokens), 0])
 
     def state(self) -> dict[str, Any]:
@@ -146,9 +173,15 @@ class BPETokenizer:
         return {"type": "bpe", "tokens": " ".join(base64.b64encode(token).decode() for token in self.tokens)}
 
 
-def _without_long_blanks(text: str) -> Iterator[str]:
-    """The text in one part, unless it has hundreds of thousands of blanks in a row, at which tiktoken would crash: it is
-    cut in there."""
+def _byte_of_character() -> dict[str, int]:
+    """GPT-2's bytes written as visible characters: themselves where they are visible, else from U+0100 on."""
+    visible = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    hidden = [byte for byte in range(256) if byte not in visible]
+    return {chr(byte): byte for byte in visible} | {chr(256 + i): byte for i, byte in enumerate(hidden)}
+
+
+def _split_long_whitespace(text: str) -> Iterator[str]:
+    """The text as it is, but split within runs of hundreds of thousands of whitespace characters: tiktoken would crash."""
     most, start = 400_000, 0
     for end in range(most, len(text), most):
         if text[end - most : end + 1].isspace():
@@ -157,9 +190,9 @@ def _without_long_blanks(text: str) -> Iterator[str]:
     yield text[start:]
 
 
-def whole_words(pieces: Iterable[str]) -> Iterator[str]:
-    """The same text in pieces that can be encoded one by one: cut between a word and a blank, where no token of
-    BPETokenizer lies across."""
+def align_to_words(pieces: Iterable[str]) -> Iterator[str]:
+    """The same text in pieces that can be encoded one by one: they end between a word and whitespace, which no token
+    of a BPETokenizer spans."""
     held: list[str] = []
     for piece in pieces:
         if cut := re.match(r"(?s).*\S(?=[ \t\r\n])", piece):  # the last such place
@@ -172,27 +205,27 @@ def whole_words(pieces: Iterable[str]) -> Iterator[str]:
 
 
 def from_state(state: dict[str, Any]) -> CharTokenizer | BPETokenizer:
-    """The tokenizer whose `state()` this is.
+    """The tokenizer with this `state()`, which may come from an untrusted file.
 
     Raises:
-        ValueError: a state that no tokenizer of ours wrote.
+        UserError: a state that gptlab did not write.
     """
     if not isinstance(state, dict):
-        raise ValueError(f"a tokenizer's state must be a mapping, not {type(state).__name__}")
+        raise UserError(f"a tokenizer's state must be a mapping, not {type(state).__name__}")
     kind = state.get("type")
-    if not isinstance(kind, str):  # shown, it might have no end
-        raise ValueError(f"a tokenizer's type must be a text, not {type(kind).__name__}")
+    if not isinstance(kind, str):  # printed, it might have no end
+        raise UserError(f"a tokenizer's type must be a string, not {type(kind).__name__}")
     if kind == "char":
         return CharTokenizer(state.get("chars"))
     if kind != "bpe":
-        raise ValueError(f"unknown tokenizer {kind!r:.100}; known: char, bpe, and classes of one's own, by _target_")
+        raise UserError(f"unknown tokenizer {kind!r:.100}; known: char, bpe, and custom classes, by _target_")
     tokens = state.get("tokens")
     if not isinstance(tokens, str):
-        raise ValueError(f"a BPE vocabulary must be a string of tokens in base64, not {type(tokens).__name__}")
+        raise UserError(f"a BPE vocabulary must be a string of tokens in base64, not {type(tokens).__name__}")
     try:
         return BPETokenizer([base64.b64decode(token, validate=True) for token in tokens.split(" ")])
     except ValueError as error:
-        raise ValueError(f"the BPE vocabulary is damaged: {error}") from None
+        raise UserError(f"the BPE vocabulary is damaged: {error}") from None
 
 
 def id_type(vocab_size: int) -> np.dtype:
@@ -200,11 +233,8 @@ def id_type(vocab_size: int) -> np.dtype:
     return np.min_scalar_type(vocab_size - 1)
 
 
-def _lone_surrogate(text: str, at: int) -> str:
-    return (
-        f"{text[at]!r} (at position {at}) is a lone surrogate and not a character: it stands for a byte that is not "
-        "UTF-8; give the text in UTF-8"
-    )
+def _describe_surrogate(text: str, at: int) -> str:
+    return f"{text[at]!r} (at position {at}) is a lone surrogate, a byte that is not UTF-8; give the text in UTF-8"
 
 
 def code_points(text: str) -> np.ndarray:

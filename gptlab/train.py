@@ -1,9 +1,11 @@
-"""python -m gptlab.train: one training run, from a composed config to a run folder."""
+"""python -m gptlab.train: one training run, from a checked config to a finished run folder.
 
-import dataclasses
+config -> data -> memory estimate -> module -> trainer -> fit -> summary.json
+"""
+
+import functools
 import gc
 import logging
-import math
 import os
 import shutil
 import sys
@@ -12,84 +14,92 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from gptlab import cli, config, resume
-from gptlab import report as reports
-from gptlab import run as runs
+from gptlab import cli, config, report, resume
+from gptlab.errors import UserError
+from gptlab.run import Run
 
 log = logging.getLogger("gptlab")
 
 
-def train(cfg: Any) -> float | None:
-    """Train as the config says; returns the best validation loss, which a sweeper minimises (None without validation)."""
+def train(cfg: config.Train) -> float | None:
+    """Train as the config says; returns the best validation loss, which a sweeper minimizes (None without validation)."""
     from hydra.core.hydra_config import HydraConfig
 
     started = time.perf_counter()
-    gc.disable()  # until training starts: going through a million new objects would be a quarter of the start
-    run = Path(HydraConfig.get().runtime.output_dir)
-    resuming = cfg.resume is not None
-    config.check(cfg)
-    from gptlab import checkpoint
+    gc.disable()  # until training starts: tracing a million new objects would be a quarter of the start
+    run = Run(HydraConfig.get().runtime.output_dir)
+    from gptlab.loggers import make_loggers
+    from gptlab.targets import foreign_targets
 
     quiet_lightning()
-    settle_machine(cfg)
-    ckpt, saved = resume.last_state(run) if resuming else (None, {})
-    start_step = saved.get("global_step", 0)
-    if saved and (finished := resume.already_finished(run, cfg.trainer, saved)):
-        return finished["best"].get("val/loss")
+    resolve_autos(cfg)
+    ckpt, state = resume.find_state(run) if cfg.resume else (None, {})
+    custom = bool(foreign_targets(cfg.model_dump(), config.NODES))
+    if state and (summary := resume.finished_summary(run, state, cfg.trainer.max_steps, cfg.trainer.max_time)):
+        report.already_finished(run, summary, trust=custom)
+        return summary["best"].get("val/loss")
 
-    data = make_data(cfg, resuming)
-    resolved, tokenizer = plain(cfg), data.tokenizer.state()
-    if saved:
-        resume.check_same_run(ckpt, saved, resolved)
-        resume.check_same_data(saved, data)
-    memory = check_memory(resolved, data)
-    module = make_module(resolved, data)
-    trainer = make_trainer(cfg, run, data, make_loggers(cfg, run, data.record, saved))
+    data = make_data(cfg)
+    resolved, tokenizer = {**cfg.model_dump(), "resume": None, "trust": False}, data.tokenizer.state()
+    if state:
+        resume.check_same_run(ckpt, state, resolved, data.record, tokenizer)
+    memory = check_memory(cfg, data)
+    module = make_module(cfg, data, resolved)
+    trainer = make_trainer(cfg, run, data, make_loggers(cfg.logger, run, data.record, state, bool(cfg.resume)))
+    start_step = state.get("global_step", 0)
     if trainer.is_global_zero:
-        device = reports.device_name(trainer)
-        runs.record(run, resolved, data.record, tokenizer, device, resumed_at=start_step if resuming else None)
-        reports.announce(run, data, module, trainer, memory, start_step if resuming else None)
-    fit(trainer, module, data, ckpt, run)
-    summary = reports.summarise(run, trainer, module, data, seconds=time.perf_counter() - started)
+        resumed_at = start_step if cfg.resume else None
+        device = report.device_name(trainer)
+        run.write_record(resolved, data=data.record, tokenizer=tokenizer, device=device, resumed_at=resumed_at)
+        report.announce(run, data, module, trainer, notes=cli.notes, memory=memory, resumed_at=resumed_at)
+    fit(trainer, module, data, ckpt, run, custom)
+    summary = report.summarize(run, trainer, module, data, seconds=time.perf_counter() - started)
     if trainer.is_global_zero:
-        runs.write_json(run / "summary.json", summary)
-        trust = bool(checkpoint.foreign_classes(resolved["model"], tokenizer))
-        hint = module.watch.clipping_hint()
-        reports.conclude(run, data, summary, start_step, hint, trust)
+        run.write_summary(summary)
+        arguments = sample_arguments(cfg, tokenizer)
+        report.conclude(run, data, summary, start_step, sample_arguments=arguments, trust=custom)
     return summary["best"].get("val/loss")
 
 
-def settle_machine(cfg: Any) -> None:
-    """Decide what was left to the machine, and write the decision into the config.
+def resolve_autos(cfg: config.Train) -> None:
+    """Decide what the config leaves open, and write the decision into it.
 
     Raises:
-        ValueError: the machine lacks what was asked for: an accelerator, or a compiler.
+        UserError: the machine lacks what was asked for: an accelerator, or a compiler.
     """
     import torch
 
-    on_gpu = cfg.trainer.accelerator != "cpu"
-    compilers = (os.environ.get("CXX", "g++"), "clang++")
-    if cfg.model.get("compile") and not on_gpu and not any(shutil.which(compiler) for compiler in compilers):
-        raise ValueError(
-            f"model.compile=true needs a C++ compiler, and there is neither {' nor '.join(compilers)}: install one, or "
-            "leave model.compile=false"
-        )
+    from gptlab.data.files import available_cores
+
+    t, on_gpu = cfg.trainer, cfg.trainer.accelerator != "cpu"
     if on_gpu and not torch.accelerator.is_available():
-        key = "hardware" if cfg.resume is None else "trainer.accelerator"
-        raise ValueError(f"{key}=gpu, but torch sees no accelerator: use {key}=cpu, or install a torch built for yours")
-    if cfg.trainer.precision == "auto":
-        cuda = on_gpu and torch.cuda.is_available()
-        cfg.trainer.precision = (
-            ("bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16") if cuda else "32"
+        key = "trainer.accelerator" if cfg.resume else "hardware"
+        raise UserError(f"{key}=gpu, but torch sees no accelerator; use {key}=cpu, or install a torch built for yours")
+    compilers = (os.environ.get("CXX", "g++"), "clang++")
+    if cfg.model.get("compile") and not on_gpu and not any(map(shutil.which, compilers)):
+        raise UserError(
+            f"model.compile=true needs a C++ compiler ({' or '.join(compilers)}); install one, or leave it out"
         )
-    if cfg.data.get("workers", 0) is None:
-        cfg.data.workers = 2 if on_gpu and torch.cuda.is_available() else 0  # a Mac's would each get a copy of the data
     if on_gpu:
-        torch.set_float32_matmul_precision("high")  # TF32 for what is left in 32 bits, as nanoGPT
+        torch.set_float32_matmul_precision("high")  # TF32 for what stays in 32 bits, as in nanoGPT
+    cuda = on_gpu and torch.cuda.is_available()
+    if t.precision == "auto":
+        t.precision = "32"
+        if cuda:
+            t.precision = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    if cfg.optim.warmup_steps == "auto":
+        cfg.optim.warmup_steps = min(100, t.max_steps // 10)
+    workers = cfg.data.get("workers", 0)
+    if workers is None:
+        cfg.data["workers"] = 2 if cuda else 0  # on a Mac, each would get a copy of the data
+    elif workers > (cores := available_cores()):
+        cli.notes.append(f"WARNING: data.workers={workers} is more than the {cores} available cores")
+    if note := cli.busy_note(torch.get_num_threads()):
+        cli.notes.append(note)
 
 
 def quiet_lightning() -> None:
-    """Silence what a user can do nothing about: an advert, a second copy of each line, advice on loaders."""
+    """Silence what a user can do nothing about: an advertisement, duplicated lines, advice on loaders."""
     import lightning  # noqa: F401  (its import installs the handlers)
 
     for name in ("lightning", "lightning.pytorch", "lightning.fabric"):
@@ -100,113 +110,103 @@ def quiet_lightning() -> None:
         warnings.filterwarnings("ignore", message)
 
 
-def make_data(cfg: Any, resuming: bool) -> Any:
-    """The prepared data module; what preparing it decided goes into the config."""
-    from hydra.utils import instantiate
-
+def make_data(cfg: config.Train) -> Any:
+    """The prepared data module; what its preparation decided goes into the config."""
     from gptlab.checkpoint import build_tokenizer
     from gptlab.contracts import check_data, check_tokenizer
+    from gptlab.targets import instantiate
     from gptlab.tokenizer import BPETokenizer, CharTokenizer
 
-    if resuming and cfg.data.get("fallback") is not None:
-        cfg.data.fallback = None  # it was not needed then; now it would be another text
-    data = instantiate(cfg.data, seed=cfg.seed, _convert_="all")
+    data = instantiate("data", cfg.data, seed=cfg.seed)
     data.prepare_data()
     data.setup("fit")
     check_data(data)
-    if not isinstance(data.tokenizer, (CharTokenizer, BPETokenizer)):
+    if not isinstance(data.tokenizer, CharTokenizer | BPETokenizer):
         check_tokenizer(data.tokenizer, build_tokenizer)
-    for key, value in data.resolved.items():
-        cfg.data[key] = value
+    cfg.data.update(data.resolved)
     return data
 
 
-def plain(cfg: Any) -> dict[str, Any]:
-    """The config as plain values, without interpolations, as it is saved."""
-    from omegaconf import OmegaConf
-
-    return {**OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True), "resume": None}
-
-
-def check_memory(resolved: dict[str, Any], data: Any) -> str | None:
-    """An estimate in words, made before anything of that size is allocated; None for a model of a user's own.
+def check_memory(cfg: config.Train, data: Any) -> str | None:
+    """A line about the memory that training takes; None where it cannot be told.
 
     Raises:
-        ValueError: it cannot fit; the text has the numbers.
+        UserError: it does not fit. Nothing of that size has been allocated.
     """
     import torch
 
     from gptlab import memory
-    from gptlab.checkpoint import foreign_classes
+    from gptlab.checkpoint import build_model
 
-    t = resolved["trainer"]
-    if foreign_classes(resolved["model"], {}):
-        return None
-    device = torch.device("cpu") if t["accelerator"] == "cpu" else torch.accelerator.current_accelerator()
-    share = -(-data.batch_size // (t["devices"] * t["num_nodes"]))
-    targets = [callback["_target_"] for callback in (resolved["callbacks"] or {}).values() if callback is not None]
-    averaged = config.EMAConfig._target_ in targets
+    t = cfg.trainer
+    device = torch.device("cpu") if t.accelerator == "cpu" else torch.accelerator.current_accelerator()
+    processes = t.devices * t.num_nodes
+    sequences = -(-data.batch_size // processes)
+    targets = [callback["_target_"] for callback in (cfg.callbacks or {}).values() if callback]
+    estimate = functools.partial(
+        memory.estimate_step,
+        functools.partial(build_model, cfg.model, data.tokenizer.vocab_size, data.block_size),
+        block_size=data.block_size,
+        sequences=sequences,
+        precision=t.precision,
+        device_type=device.type,
+        averaged="gptlab.callbacks.ema.EMA" in targets,
+        distributed=processes > 1,
+    )
+    micro_batch_size = min(data.micro_batch_size or sequences, sequences)
+    available = memory.capacity(device) // (t.devices if device.type == "cpu" else 1)
+    return memory.check_fits(lambda size: estimate(micro_batch_size=size), micro_batch_size, available)
 
-    def estimate_of(micro_batch_size: int) -> memory.Estimate:
-        sizes = (data.tokenizer.vocab_size, data.block_size, micro_batch_size)
-        several = micro_batch_size < share
-        estimate = memory.estimate(resolved["model"], *sizes, t["precision"], device.type, accumulates=several)
-        return dataclasses.replace(estimate, parameters=(1 + averaged) * estimate.parameters)
 
-    size, room = min(data.micro_batch_size or share, share), memory.capacity(device)
-    memory.check_fits(estimate_of, size, room)
-    return f"{memory.in_words(estimate_of(size))} besides Python's and torch's own; there are {memory.human(room)}"
-
-
-def make_module(resolved: dict[str, Any], data: Any) -> Any:
+def make_module(cfg: config.Train, data: Any, resolved: dict[str, Any]) -> Any:
+    """The LightningModule around the model; `resolved` is the config that checkpoints keep."""
     import lightning as L
 
-    from gptlab.checkpoint import build_model, foreign_classes
+    from gptlab.checkpoint import GPT_TARGET, build_model, portable_config
     from gptlab.contracts import check_model
     from gptlab.module import GPTModule
 
-    L.seed_everything(resolved["seed"], verbose=False)
-    model = build_model(resolved["model"], data.tokenizer.vocab_size, data.block_size)
-    if foreign_classes(resolved["model"], {}):
+    L.seed_everything(cfg.seed, verbose=False)
+    model = build_model(cfg.model, data.tokenizer.vocab_size, data.block_size)
+    if cfg.model["_target_"] != GPT_TARGET:
         check_model(model, data.tokenizer.vocab_size, data.block_size)
-    if resolved["model"].get("compile"):
+    if cfg.model.get("compile"):
         model.compile()  # in place: the parameters keep their names
     return GPTModule(
         model,
-        optim_config=resolved["optim"],
+        optim_config=cfg.optim.model_dump(),
         token_bytes=data.tokenizer.token_bytes(),
-        seed=resolved["seed"],
+        seed=cfg.seed,
         micro_batch_size=data.micro_batch_size,
-        log_every=resolved["trainer"]["log_every"],
-        record={"config": runs.without_paths(resolved), "tokenizer": data.tokenizer.state(), "data": data.record},
+        log_every=cfg.trainer.log_every,
+        metadata={"config": portable_config(resolved), "tokenizer": data.tokenizer.state(), "data": data.record},
     )
 
 
-def make_trainer(cfg: Any, run: Path, data: Any, loggers: list[Any]) -> Any:
+def make_trainer(cfg: config.Train, run: Run, data: Any, loggers: list[Any]) -> Any:
     """Lightning's Trainer for this run.
 
     Raises:
-        ValueError: Lightning refuses trainer.strategy, trainer.extra or the like, or the data's tokenizer the prompt.
+        UserError: Lightning refuses trainer.strategy or trainer.extra, or the tokenizer the prompt of sample_text.
     """
     import lightning as L
-    from hydra.utils import instantiate
     from lightning.fabric.utilities.exceptions import MisconfigurationException
     from lightning.pytorch.callbacks import Timer
 
     from gptlab.callbacks.checkpointing import AtomicCheckpointIO
+    from gptlab.callbacks.display import SampleText
     from gptlab.callbacks.interrupts import Interrupts
-    from gptlab.callbacks.sample_text import SampleText
+    from gptlab.targets import instantiate
 
-    callbacks = [instantiate(callback) for callback in (cfg.callbacks or {}).values() if callback is not None]
+    callbacks = [instantiate(f"callbacks.{name}", node) for name, node in (cfg.callbacks or {}).items() if node]
     for callback in callbacks:
         if isinstance(callback, SampleText):
             callback.encode_prompt(data.tokenizer)  # before anything of the run is written
     t = cfg.trainer
-    callbacks.append(Timer(t.max_time, verbose=False))  # without a limit too: a resume may set one
-    callbacks.append(Interrupts())
+    callbacks += [Timer(t.max_time, verbose=False), Interrupts()]  # a timer without a limit, too: a resume may set one
     try:
         return L.Trainer(
-            default_root_dir=run,
+            default_root_dir=run.folder,
             accelerator=t.accelerator,
             devices=t.devices,
             num_nodes=t.num_nodes,
@@ -220,7 +220,7 @@ def make_trainer(cfg: Any, run: Path, data: Any, loggers: list[Any]) -> Any:
             logger=loggers,
             log_every_n_steps=t.log_every,
             callbacks=callbacks,
-            enable_checkpointing=True,  # for Interrupts; what is saved, and when, is Checkpointing's
+            enable_checkpointing=True,  # for Interrupts; what is saved, and when, is up to Checkpointing
             plugins=[AtomicCheckpointIO()],
             use_distributed_sampler=False,
             enable_progress_bar=False,
@@ -228,52 +228,28 @@ def make_trainer(cfg: Any, run: Path, data: Any, loggers: list[Any]) -> Any:
             **t.extra,
         )
     except (TypeError, ValueError, MisconfigurationException) as error:
-        raise ValueError(f"Lightning cannot be set up with these trainer.* values: {error}") from error
+        raise UserError(f"Lightning refuses these trainer.* values: {error}") from error
 
 
-def make_loggers(cfg: Any, run: Path, data_record: dict[str, str], saved: dict[str, Any]) -> list[Any]:
-    """metrics.jsonl and the logger of the config, both without what will be logged once more after a resume from the
-    checkpoint `saved` ({}: from the start)."""
-    from hydra.utils import instantiate
-
-    from gptlab.metrics_file import MetricsFile
-
-    start_step = saved.get("global_step", 0)
-    due = saved != {} and saved["callbacks"]["Interrupts"]["validation_due_at"] is not None
-    metrics = MetricsFile(run / "metrics.jsonl", start_step, data_record, validation_due=due)
-    if cfg.logger is None:
-        return [metrics]
-    if cfg.resume is None or "TensorBoard" not in cfg.logger._target_:
-        return [metrics, instantiate(cfg.logger, save_dir=str(run))]
-    # From this step on, TensorBoard hides what it has. It knows whole steps only: what is kept of one is given again.
-    purge_step = start_step + 1 if start_step and not due else start_step
-    tensorboard = instantiate(cfg.logger, save_dir=str(run), purge_step=purge_step)
-    for entry in metrics.kept() if due else []:
-        if entry["step"] == start_step:
-            values = {name: math.nan if value is None else value for name, value in entry.items() if name != "step"}
-            tensorboard.log_metrics(values, start_step)
-    return [metrics, tensorboard]
-
-
-def fit(trainer: Any, module: Any, data: Any, ckpt: Path | None, run: Path) -> None:
-    """Train; whatever ends that early, say how to go on."""
+def fit(trainer: Any, module: Any, data: Any, ckpt: Path | None, run: Run, trust: bool) -> None:
+    """Train; if anything ends that early, say how to resume and exit."""
     from tqdm.contrib.logging import logging_redirect_tqdm
 
-    from gptlab.callbacks.interrupts import Interrupts
+    from gptlab.callbacks.interrupts import Interrupted, Interrupts
 
-    describe(trainer, module.record["config"])
+    describe(trainer, module.metadata["config"])
     gc.freeze()
     gc.enable()
     interrupts = next(callback for callback in trainer.callbacks if isinstance(callback, Interrupts))
     try:
-        with logging_redirect_tqdm(), interrupts.listening():
+        with logging_redirect_tqdm(), interrupts.listening(trainer):
             trainer.fit(module, data, ckpt_path=ckpt, weights_only=True)
-    except (Exception, SystemExit) as error:
-        sys.exit(reports.ended_early(error, trainer, run))
+    except (Exception, SystemExit, Interrupted) as error:
+        sys.exit(report.ended_early(error, trainer, run, trust=trust))
 
 
 def describe(trainer: Any, resolved: dict[str, Any]) -> None:
-    """Tell the loggers what is run; TensorBoard gets the config as a text, and its numbers as hyper-parameters."""
+    """Tell the loggers the config; TensorBoard gets it as text, and its numbers as hyper-parameters."""
     import yaml
     from lightning.pytorch.loggers import TensorBoardLogger
 
@@ -291,7 +267,7 @@ def describe(trainer: Any, resolved: dict[str, Any]) -> None:
 
 def hyper_parameters(resolved: dict[str, Any]) -> dict[str, Any]:
     """What experiments differ in, flat and short enough for a table."""
-    of_no_effect = ("_target_", "compile", "activation_checkpointing")
+    without_effect = ("_target_", "compile", "activation_checkpointing")
     chosen = {"model": resolved["model"], "optim": resolved["optim"], "": {"seed": resolved["seed"]}}
     for group, keys in (("data", ("name", "block_size", "batch_size")), ("trainer", ("max_steps", "precision"))):
         chosen[group] = {key: resolved[group].get(key) for key in keys}
@@ -299,8 +275,19 @@ def hyper_parameters(resolved: dict[str, Any]) -> dict[str, Any]:
         f"{group}.{key}".lstrip("."): value if type(value) in (int, float) else str(value)
         for group, values in chosen.items()
         for key, value in values.items()
-        if key not in of_no_effect and value is not None
+        if key not in without_effect and value is not None
     }
+
+
+def sample_arguments(cfg: config.Train, tokenizer: dict[str, Any]) -> str:
+    """What `gptlab.sample` needs besides the run folder, for the advice at the end."""
+    from gptlab.checkpoint import GPT_TARGET
+    from gptlab.data.notation import notation_of
+    from gptlab.targets import foreign_targets
+
+    notation = notation_of(cfg.data)
+    prompt = f"prompt='{notation.example}' temperature=0 " if notation else ""
+    return prompt + "trust=true" * bool(foreign_targets([cfg.model, tokenizer], {GPT_TARGET}))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from gptlab.data import bpe, documents, prepare
+from gptlab.data import documents, prepare
+from gptlab.tokenizer import BPETokenizer
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # several tests at a time: threads that wait for each other spin
 
@@ -133,7 +134,7 @@ def write_token_files(folder: Path) -> None:
             f"{i} green bottles, hanging on the wall of house number {i * i}.\n" * (1 + i % 7)
         )
     files = sorted(texts.iterdir())
-    tokenizer = bpe.learn((file.read_text() for file in files), 300)
+    tokenizer = BPETokenizer.learn((file.read_text() for file in files), 300)
     parts = documents.parts_of(files)
     prepare.prepare(folder, parts, tokenizer, source={}, val_share=0.1, split_seed=1, processes=1)
 

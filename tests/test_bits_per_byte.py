@@ -30,7 +30,7 @@ class Fixed(nn.Module):
 def module_for(tokenizer, model: nn.Module | None = None) -> GPTModule:
     model = model or Fixed(tokenizer.vocab_size)
     return GPTModule(model, optim_config={"grad_clip": 0.0, "skip_nonfinite": 0}, token_bytes=tokenizer.token_bytes(), seed=1, micro_batch_size=None,
-                     log_every=1, record={})  # fmt: skip
+                     log_every=1, metadata={})  # fmt: skip
 
 
 def validated(folder, module: GPTModule, data) -> dict[str, float]:

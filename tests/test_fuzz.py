@@ -8,9 +8,8 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from gptlab.data import bpe
 from gptlab.data.files import python_docs
-from gptlab.tokenizer import CharTokenizer, from_state
+from gptlab.tokenizer import BPETokenizer, CharTokenizer, from_state
 
 SEED = 4
 TEXT = "Zoë said: “naïve” 🙂\n\ttwice  <|endoftext|> a1b22\u2028"
@@ -22,8 +21,8 @@ def mutated_states(rng: random.Random, count: int) -> Iterator[str]:
     states = [
         CharTokenizer.from_text(TEXT).state(),
         CharTokenizer("0123456789").state(),
-        bpe.learn([python_docs()[:5000]], 257).state(),
-        bpe.learn([python_docs()[:5000]], 300).state(),
+        BPETokenizer.learn([python_docs()[:5000]], 257).state(),
+        BPETokenizer.learn([python_docs()[:5000]], 300).state(),
     ]
     for _ in range(count):
         state = dict(rng.choice(states))

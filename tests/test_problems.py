@@ -30,7 +30,7 @@ from gptlab import checkpoint, config, optim, train
 from gptlab.callbacks.early_stopping import EarlyStopping
 from gptlab.callbacks.ema import EMA
 from gptlab.callbacks.exact_match import ExactMatch
-from gptlab.callbacks.progress import Progress
+from gptlab.callbacks.display import Progress
 from gptlab.callbacks.throughput import Throughput
 from gptlab.data.problems import AdditionData, ProblemData, SortData
 from gptlab.data.windows import StepsFrom, share
@@ -375,7 +375,7 @@ def learner(data: ProblemData, log_every=10, **optim_config) -> GPTModule:
     model = GPT(vocab_size=data.tokenizer.vocab_size, block_size=data.block_size, n_layer=2, n_head=2, n_embd=32)
     return GPTModule(
         model, optim_config={**OPTIM, **optim_config}, token_bytes=data.tokenizer.token_bytes(), seed=1,
-        micro_batch_size=None, log_every=log_every, record={"data": {}, "tokenizer": {}},
+        micro_batch_size=None, log_every=log_every, metadata={"data": {}, "tokenizer": {}},
     )  # fmt: skip
 
 
@@ -473,7 +473,7 @@ def test_two_processes_count_as_one():
         for k in range(len(batches)):
             callback.on_validation_batch_end(trainer, module, None, batches[k], k)
         callback.on_validation_epoch_end(trainer, module)
-        measured.append(module.measured["val/accuracy"])
+        measured.append(module.extra_val_metrics["val/accuracy"])
     right = [a <= 50 for a, _ in numbers(data.held_out, 2)]
     assert measured[1] == sum(right) / len(right)
     first = right[: len(right) // 2]

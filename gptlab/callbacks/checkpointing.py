@@ -49,39 +49,41 @@ def validation_is_due(trainer: L.Trainer) -> bool:
 
 class Checkpointing(Checkpoint):
     """Keeps `last.ckpt` (every `every` optimizer steps, and whenever the validation loss has improved),
-    `previous.ckpt` (the last before that) and `best.ckpt` (lowest validation loss) in the run's `checkpoints/`.
+    `previous.ckpt` (the last before that) and `best.ckpt` (lowest validation loss) in the run's `checkpoints/`, and with
+    `keep_every` a `step_00001000.ckpt` every so many steps, which is never removed.
 
     A step that is validated is saved after its validation; saved before, a resume would lose that validation.
     """
 
-    def __init__(self, every: int) -> None:
-        self.every = every
+    def __init__(self, every: int, keep_every: int | None = None) -> None:
+        self.every, self.keep_every = every, keep_every
         self.saved_at = 0  # the step of last.ckpt
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         self.folder = Path(trainer.default_root_dir) / "checkpoints"
 
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Add the names that a kill right after the save may have prevented."""
+        self.saved_at = checkpoint["global_step"]
+        if trainer.is_global_zero:
+            self._add_names(Path(trainer.ckpt_path), best=checkpoint["best"].get("step") == self.saved_at)
+
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs, batch, batch_idx: int
     ) -> None:
-        save_due = trainer.should_stop or trainer.global_step % self.every == 0
-        if save_due and not validation_is_due(trainer):
-            self.save(trainer)
-
-    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Make up for the mark as the best, which a kill after the save may have left out."""
-        self.saved_at = checkpoint["global_step"]
-        if trainer.is_global_zero and checkpoint["best"].get("step") == self.saved_at:
-            self._link(Path(trainer.ckpt_path), self.folder / "best.ckpt")
+        if not validation_is_due(trainer):
+            self._save_if_due(trainer, best=False)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if trainer.sanity_checking:
-            return
-        improved = pl_module.best is pl_module.validated
-        if improved or trainer.should_stop or trainer.global_step % self.every == 0:
+        if not trainer.sanity_checking:
+            self._save_if_due(trainer, best=pl_module.best is pl_module.validated)
+
+    def _save_if_due(self, trainer: L.Trainer, best: bool) -> None:
+        step = trainer.global_step
+        if best or trainer.should_stop or step % self.every == 0 or self._is_milestone(step):
             self.save(trainer)
-        if improved and trainer.is_global_zero:
-            self._link(self.folder / "last.ckpt", self.folder / "best.ckpt")
+            if trainer.is_global_zero:
+                self._add_names(self.folder / "last.ckpt", best)
 
     def save(self, trainer: L.Trainer) -> None:
         """Raises OSError where the disk is full or the like; what was saved before is still there then."""
@@ -91,19 +93,28 @@ class Checkpointing(Checkpoint):
         trainer.save_checkpoint(new)
         if trainer.is_global_zero:
             if last.exists():
-                self._link(last, self.folder / "previous.ckpt")
+                _link(last, self.folder / "previous.ckpt")
             os.replace(new, last)
             (self.folder.parent / SAVED).touch()
         self.saved_at = trainer.global_step
 
-    @staticmethod
-    def _link(source: Path, target: Path) -> None:
-        """A second name for the same file: nothing is written twice, and no file is ever changed in place."""
-        temporary = target.with_suffix(".tmp")
-        temporary.unlink(missing_ok=True)
-        try:
-            os.link(source, temporary)
-        except OSError:  # a file system without hard links
-            shutil.copyfile(source, temporary)
-        os.replace(temporary, target)
-        temporary.unlink(missing_ok=True)  # still there if both were names of one file already
+    def _is_milestone(self, step: int) -> bool:
+        return self.keep_every is not None and step % self.keep_every == 0
+
+    def _add_names(self, file: Path, best: bool) -> None:
+        if best:
+            _link(file, self.folder / "best.ckpt")
+        if self._is_milestone(self.saved_at):
+            _link(file, self.folder / f"step_{self.saved_at:08}.ckpt")
+
+
+def _link(source: Path, target: Path) -> None:
+    """A second name for the same file: nothing is written twice, and no file is ever changed in place."""
+    temporary = target.with_suffix(".tmp")
+    temporary.unlink(missing_ok=True)
+    try:
+        os.link(source, temporary)
+    except OSError:  # a file system without hard links
+        shutil.copyfile(source, temporary)
+    os.replace(temporary, target)
+    temporary.unlink(missing_ok=True)  # still there if both were names of one file already

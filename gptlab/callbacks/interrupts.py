@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import multiprocessing
 import os
 import signal
 import sys
@@ -10,18 +11,18 @@ from collections.abc import Iterator
 from typing import Any
 
 import lightning as L
-import torch
+import torch.utils.data
 from lightning.pytorch.callbacks import Checkpoint
 from torch import distributed as dist
 
 from gptlab.callbacks.checkpointing import Checkpointing, validation_is_due
 
-HURRY = 10.0  # seconds after a signal; a cluster kills after 30
+HURRY = 3.0  # seconds after a signal; a cluster kills after 30
 BOUNCE = 1.0  # seconds within which a second Ctrl-C is not meant
 
 
-class Interrupted(Exception):
-    """The run was asked to end, and has saved what it could."""
+class Interrupted(BaseException):
+    """The run was asked to end, and has saved what it could. (No Exception: nothing on the way should swallow it.)"""
 
     def __init__(self, signum: int) -> None:
         super().__init__(signal.Signals(signum).name)
@@ -29,16 +30,18 @@ class Interrupted(Exception):
 
 
 class Interrupts(Checkpoint):
-    """Ends the run in a state from which it goes on as if nothing had happened; under SLURM also on SIGUSR1.
+    """Ends the run in a state from which it resumes exactly; under SLURM also on SIGUSR1.
 
-    A step that is validated may be left before or in the middle of its validation, which can take longer than a
-    cluster waits: then the checkpoint says so, and the resumed run begins with that validation. With several
-    processes, all agree on the step after which they stop: a signal may have reached only one of them. (Lightning's own
-    handlers end with status 0, save nothing, and deadlock where a signal finds the processes at different places.)
+    Until this process has begun a step there is nothing to save, and the run ends at once: in the first validation,
+    or while workers start. From then on it ends after the step, or before or within its validation, which can take
+    longer than a cluster waits: then the checkpoint says so, and the resumed run begins with that validation. Several
+    processes agree on where they stop, always: a signal may have reached only one of them. (Lightning's own handlers
+    end with status 0, save nothing, and deadlock where a signal finds the processes at different places.)
     """
 
     def __init__(self) -> None:
         self._signum, self._asked_at = 0, math.inf
+        self._may_end_at_once = False
         self._validation_due_at: int | None = None
         self._group: Any = None
         self._common_batches = 0
@@ -50,16 +53,20 @@ class Interrupts(Checkpoint):
         self._validation_due_at = state["validation_due_at"]
 
     @contextlib.contextmanager
-    def listening(self) -> Iterator[None]:
+    def listening(self, trainer: L.Trainer) -> Iterator[None]:
         """From before other processes are started until they have ended."""
+        self._may_end_at_once, self._pid = trainer.world_size == 1, os.getpid()
         signals = [signal.SIGTERM, signal.SIGINT]
         if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup has it
             signals.append(signal.SIGHUP)
         if "SLURM_JOB_ID" in os.environ:
             signals.append(signal.SIGUSR1)
-        before = {signum: signal.signal(signum, self._asked_to_stop) for signum in signals}
+        before = {signum: signal.signal(signum, self._handle) for signum in signals}
         try:
             yield
+        except Interrupted:
+            _kill_workers()
+            raise
         finally:
             for signum, handler in before.items():
                 signal.signal(signum, handler)
@@ -82,18 +89,27 @@ class Interrupts(Checkpoint):
         trainer.fit_loop.epoch_loop.max_steps -= self._final
         trainer.should_stop = self._should_stop
         validation = trainer.fit_loop.epoch_loop.val_loop
-        validation.restarting = False  # it begins anew, wherever it was left
+        validation.restarting = False  # it restarts, wherever it was left
         trainer.validating = True
+        self._may_end_at_once = False  # its result will be there to save
         validation.run()
         trainer.training = True
 
-    def _asked_to_stop(self, signum: int, frame: Any) -> None:
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch, batch_idx: int) -> None:
+        self._may_end_at_once = False
+
+    def _handle(self, signum: int, frame: Any) -> None:
+        if os.getpid() != self._pid:  # a worker that was just forked
+            return
         if signum == self._signum == signal.SIGINT and time.monotonic() - self._asked_at > BOUNCE:
             raise KeyboardInterrupt
         self._signum, self._asked_at = signum, min(self._asked_at, time.monotonic())
         if signum == signal.SIGHUP:  # the terminal is gone: what writes to it would fail
             for stream in (1, 2):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
+        if self._may_end_at_once:
+            self._may_end_at_once = False  # once
+            raise Interrupted(signum)
         if os.environ.get("LOCAL_RANK", "0") == "0":
             again = b"; once more stops at once" if signum == signal.SIGINT else b""
             with contextlib.suppress(OSError):  # Ctrl-C has ended the `tee` that this goes to
@@ -143,3 +159,11 @@ class Interrupts(Checkpoint):
             self._validation_due_at = trainer.global_step if validation_due else None
             checkpointing.save(trainer)
         raise Interrupted(signum)
+
+
+def _kill_workers() -> None:
+    """Workers ignore SIGTERM, with which Python would end them at exit; one that was still starting would wait forever."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # the loader's handler raises for each worker that dies
+    torch.utils.data._utils.python_exit_status = True  # and the loader, which may be half made, is not to clean up
+    for worker in multiprocessing.active_children():
+        worker.kill()

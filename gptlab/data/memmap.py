@@ -10,24 +10,19 @@ from typing import Any
 
 import numpy as np
 
-from gptlab.data import bpe
 from gptlab.data.documents import parts_of
-from gptlab.data.files import data_folder, token_files
+from gptlab.data.files import data_folder, load_gpt2_tokenizer, token_files
 from gptlab.data.prepare import prepare
-from gptlab.data.windows import WindowData, spread
-from gptlab.tokenizer import from_state, id_type
-
-READ_WHOLE = 1 << 30  # bytes: larger files are not read from end to end before training
-# How files begin that are no raw token ids.
-FOREIGN = {b"PK": "a zip or PyTorch file", b"\x93NUMPY": "a NumPy file", b"\x1f\x8b": "compressed with gzip",
-           b"PAR1": "a Parquet file", (20240520).to_bytes(4, "little"): "in the format of llm.c, with a header"}  # fmt: skip
+from gptlab.data.windows import READ_WHOLE, WindowData
+from gptlab.errors import MissingFileError, UserError
+from gptlab.tokenizer import BPETokenizer, from_state, id_type
 
 
 class TokenFile(np.memmap):
     """The ids in a file, mapped into memory: what is read of it is in the system's cache, not in the process."""
 
     def __reduce__(self) -> Any:
-        """A worker process opens the file: it is not to be sent to it."""
+        """Worker processes get the file's name, not its contents."""
         whole = self.filename and self.ndim == 1 and self.nbytes == os.path.getsize(self.filename)
         return (TokenFile, (self.filename, self.dtype, "r")) if whole else super().__reduce__()
 
@@ -35,12 +30,12 @@ class TokenFile(np.memmap):
 class MemmapData(WindowData):
     """Windows of the token files train.bin and val.bin in the folder `path`: raw little-endian ids.
 
-    What they are is said in meta.json, which `gptlab.data.prepare` writes. Folders without, such as nanoGPT's, hold
-    GPT-2's ids in uint16, and `tokenizer="gpt2"` must say so.
+    meta.json, which `gptlab.data.prepare` writes, describes them. Folders without one, such as nanoGPT's, hold GPT-2's
+    ids in uint16, and need `tokenizer="gpt2"`.
 
     Raises:
-        FileNotFoundError: no such files.
-        ValueError: files that are damaged, contradict meta.json, or hold something else.
+        MissingFileError: no such files.
+        UserError: files that are damaged, or contradict meta.json.
     """
 
     def __init__(self, *, path: str | None = None, tokenizer: str | None = None, **windows) -> None:
@@ -55,103 +50,93 @@ class MemmapData(WindowData):
         if hasattr(self, "record"):
             return
         self.tokenizer, meta = read_meta(self.folder, self.kind)
-        self.record = {"name": self.name}
-        for split, name in (("train", "sha256"), ("val", "val_sha256")):
+        record = {"name": self.name}
+        for split, key in (("train", "sha256"), ("val", "val_sha256")):
             ids = open_ids(self.folder / f"{split}.bin", self.tokenizer.vocab_size, meta.get(split))
             setattr(self, f"{split}_ids", ids)
-            self.record[name] = check_sha256(ids, meta.get(split))
+            record[key] = check_sha256(ids, meta.get(split))
         self.check_lengths(f"data.path={self.folder}")
+        self.record = record
 
 
 def read_meta(folder: Path, kind: str | None) -> tuple[Any, dict[str, Any]]:
-    """The tokenizer, and what else meta.json says of each split: nothing, if there is none.
+    """The tokenizer, and the entry of each split in meta.json; {} if there is no such file.
 
     Raises:
-        ValueError: it is damaged, contradicts itself or data.tokenizer; or there is none, and no data.tokenizer either.
+        UserError: a damaged file, one that contradicts data.tokenizer, or neither of them.
     """
     file = folder / "meta.json"
     if not file.exists():
         if kind is None:
-            pickled = (folder / "meta.pkl").exists()
-            hint = "it looks like nanoGPT's characters: train on the text itself, data=text data.path=input.txt" if pickled else (
-                "if its ids are GPT-2's, as nanoGPT's are, add data.tokenizer=gpt2")  # fmt: skip
-            raise ValueError(f"data.path={folder} has no meta.json that says what its ids stand for; {hint}")
-        return bpe.gpt2(), {}
+            raise UserError(
+                f"data.path={folder} has no meta.json; if its ids are GPT-2's, as nanoGPT's are, add data.tokenizer=gpt2"
+            )
+        return load_gpt2_tokenizer("train on another data set"), {}
     try:
         meta = json.loads(file.read_bytes())
         if meta["format"] != 1:
-            raise ValueError(f"format {meta['format']!r:.100} is not known here")
+            raise ValueError(f"unknown format {meta['format']!r:.100}")
         tokenizer = from_state(meta["tokenizer"])
-        vocab_size = tokenizer.vocab_size
-        if meta["dtype"] != id_type(vocab_size).name:
-            raise ValueError(f"dtype {meta['dtype']!r} is not that of a vocabulary of {vocab_size} tokens")
+        if meta["dtype"] != id_type(tokenizer.vocab_size).name:
+            raise ValueError(f"dtype {meta['dtype']!r} does not fit a vocabulary of {tokenizer.vocab_size} tokens")
         for split in ("train", "val"):
             tokens, sha256 = meta[split]["tokens"], meta[split]["sha256"]
             if type(tokens) is not int or type(sha256) is not str:
                 raise ValueError(f"{split}: tokens={tokens!r}, sha256={sha256!r}")
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ValueError(
-            f"{file} is damaged ({type(error).__name__}: {error!s:.200}); prepare the folder anew"
+        raise UserError(
+            f"{file} is damaged ({type(error).__name__}: {error!s:.200}); prepare the folder again"
         ) from None
-    if kind == "gpt2" and vocab_size != 50257:
-        raise ValueError(
-            f"data.tokenizer=gpt2, but {file} says that it is one of {vocab_size} tokens: leave data.tokenizer out"
+    if kind == "gpt2" and tokenizer.vocab_size != 50257:
+        raise UserError(
+            f"data.tokenizer=gpt2, but {file} describes {tokenizer.vocab_size} tokens; leave data.tokenizer out"
         )
     return tokenizer, meta
 
 
-def open_ids(file: Path, vocab_size: int, said: dict[str, Any] | None) -> TokenFile:
-    """The ids in a file, of the size that meta.json said.
+def open_ids(file: Path, vocab_size: int, entry: dict[str, Any] | None) -> TokenFile:
+    """Map a file into memory; `entry` is that of meta.json.
 
     Raises:
-        ValueError: it is empty, cut off, or something else.
+        UserError: an empty or incomplete file.
     """
     dtype, size = id_type(vocab_size).newbyteorder("<"), file.stat().st_size
     if size == 0:
-        raise ValueError(f"{file} is empty; prepare the folder anew")
-    if said and size != said["tokens"] * dtype.itemsize:
-        raise ValueError(
-            f"{file} has {size:,} bytes, and meta.json says {said['tokens']:,} tokens of {dtype.itemsize} bytes: it is cut "
-            "off or another file; prepare the folder anew"
+        raise UserError(f"{file} is empty; prepare the folder again")
+    if entry and size != entry["tokens"] * dtype.itemsize:
+        raise UserError(
+            f"{file} has {size:,} bytes, but meta.json says {entry['tokens']:,} tokens of {dtype.itemsize} bytes; prepare "
+            "the folder again"
         )
-    with open(file, "rb") as opened:
-        head = opened.read(4096)
-    foreign = next((what for start, what in FOREIGN.items() if head.startswith(start)), None)
-    if foreign is None and size >= 64 and min(head) >= 9:  # text has no such byte; the ids of any text have many
-        foreign = "text"
-    if foreign and not said:
-        raise ValueError(f"{file} is {foreign}, not raw token ids: make it with scripts/prepare_openwebtext.py")
     if size % dtype.itemsize:
-        raise ValueError(
-            f"{file} has {size:,} bytes, no multiple of the {dtype.itemsize} of an id: it is cut off, or no token ids"
-        )
+        raise UserError(f"{file} has {size:,} bytes, not a multiple of {dtype.itemsize}, the bytes of an id")
     return TokenFile(file, dtype, "r")
 
 
-def check_sha256(ids: TokenFile, said: dict[str, Any] | None) -> str:
-    """The SHA-256 of a file of up to 1 GiB; of a larger one that of its size and 1,024 pieces of 1 MiB spread over it.
+def check_sha256(ids: TokenFile, entry: dict[str, Any] | None) -> str:
+    """The SHA-256 of a file of up to 1 GiB, else of its size and its first GiB; `entry` is that of meta.json.
 
     Raises:
-        ValueError: it is not what meta.json says.
+        UserError: meta.json says another one.
     """
-    sha256, piece = hashlib.sha256(), 1 << 20
-    if ids.nbytes > READ_WHOLE:
-        sha256.update(str(ids.nbytes).encode())
     with open(ids.filename, "rb") as file:
-        for start in spread(ids.nbytes, piece, READ_WHOLE // piece):
-            file.seek(start)
-            sha256.update(file.read(piece))
-    if said and ids.nbytes <= READ_WHOLE and sha256.hexdigest() != said["sha256"]:
-        raise ValueError(
-            f"{ids.filename} has SHA-256 {sha256.hexdigest()}, and meta.json says {said['sha256']}: it was changed; prepare "
-            "the folder anew"
+        if ids.nbytes <= READ_WHOLE:
+            sha256 = hashlib.file_digest(file, "sha256")
+        else:
+            sha256 = hashlib.sha256(str(ids.nbytes).encode())
+            for _ in range(0, READ_WHOLE, 1 << 20):
+                sha256.update(file.read(1 << 20))
+    if entry and ids.nbytes <= READ_WHOLE and sha256.hexdigest() != entry["sha256"]:
+        raise UserError(
+            f"{ids.filename} has SHA-256 {sha256.hexdigest()}, but meta.json says {entry['sha256']}: it was changed; "
+            "prepare the folder again"
         )
     return sha256.hexdigest()
 
 
 class PythonStdlibData(MemmapData):
-    """The source code of the running Python's standard library, a document each module, in `vocab_size` byte-level BPE tokens
-    learned from it. Prepared once for each Python, in `folder`."""
+    """The source code of the running Python's standard library, a document per module, in `vocab_size` byte-level BPE
+    tokens learned from it. Prepared once for each Python, in `folder`."""
 
     VAL_SHARE = 0.05
 
@@ -169,7 +154,7 @@ class PythonStdlibData(MemmapData):
             prepare(
                 folder,
                 parts_of(files),
-                bpe.learn(texts, self.vocab_size),
+                BPETokenizer.learn(texts, self.vocab_size),
                 source={"python": version},
                 val_share=self.VAL_SHARE,
                 split_seed=2357,
@@ -182,16 +167,16 @@ class PythonStdlibData(MemmapData):
 
 
 def stdlib_files() -> list[Path]:
-    """The modules of the standard library, but for its tests and what is installed beside it.
+    """The modules of the standard library, without its tests and installed packages.
 
     Raises:
-        FileNotFoundError: a Python that was installed without its source.
+        MissingFileError: a Python that was installed without its source.
     """
     root = Path(sysconfig.get_path("stdlib"))
     others = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
     files = sorted(file for file in root.rglob("*.py") if not others & set(file.relative_to(root).parts))
     if len(files) < 100:
-        raise FileNotFoundError(
-            f"{root} does not hold the source of Python's standard library; train on a text of your own: data=text data.path=FILE"
+        raise MissingFileError(
+            f"{root} lacks the source of Python's standard library; use a text: data=text data.path=FILE"
         )
     return files

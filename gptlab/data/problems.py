@@ -1,8 +1,8 @@
-"""Problems with one right answer: addition and sorting, minGPT's demos. The answer alone counts in the loss, and the share
-of held-out problems that are answered exactly is measured.
+"""Problems with one right answer: addition and sorting, minGPT's demos. The answer alone counts in the loss, and the
+share of held-out problems answered exactly is measured.
 
 Problem number i of a run is drawn from (seed, i), as windows are (see `gptlab.data.windows`); whether a problem is for
-training or held out is a property of the problem itself. So nothing is listed, and no problem can be on both sides.
+training or held out follows from a hash of the problem itself. So nothing is listed, and no problem is on both sides.
 """
 
 import hashlib
@@ -16,28 +16,31 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from gptlab.data.windows import WindowData, share, validated_share
+from gptlab.data.notation import Addition, Sorting
+from gptlab.data.windows import WindowData, share, val_share
+from gptlab.errors import UserError
 from gptlab.tokenizer import CharTokenizer
 
-LIST_ALL = 10_000  # problems: up to so many are listed to find all that are held out
-HELD_OUT = 5_000  # of more, so many
+LIST_ALL = 10_000  # up to so many problems are listed to find all held-out ones
+HELD_OUT = 5_000  # of more, so many are measured
 
 
 class ProblemData(WindowData):
-    """Problems of `n_question` symbols, drawn uniformly, and an answer that follows from them; the windows are one problem
-    each. A tenth (`held_out_share`) of all problems is held out and never trained on.
+    """Problems of `n_question` symbols, drawn uniformly, and an answer that follows from them; each is one window. A tenth
+    (`held_out_share`) of all problems is held out and never trained on.
 
-    A kind of problem is a subclass that gives `answer`, `written` and, where problems can be the same though they
-    look different, `canonical`.
+    A kind of problem is a subclass with `answer`, `notation` and, where problems can be the same though they look
+    different, `canonical`. All ids are in range: questions are drawn modulo the number of symbols.
 
     Args:
-        symbols: one character for each symbol, which are the tokens.
-        n_question, n_answer: how many symbols a question and an answer have.
+        symbols: one character per token.
+        n_question, n_answer: symbols of a question and of an answer.
 
     Raises:
-        ValueError: a block_size other than the one that follows: n_question + n_answer - 1.
+        UserError: a block_size other than n_question + n_answer - 1.
     """
 
+    notation: Any  # such as gptlab.data.notation.Addition
     held_out_share = 0.1
 
     def __init__(
@@ -45,9 +48,8 @@ class ProblemData(WindowData):
     ) -> None:
         needed = n_question + n_answer - 1  # the last symbol of the answer is only ever predicted
         if block_size not in (None, needed):
-            raise ValueError(
-                f"data.block_size={block_size}: a problem of {name} takes exactly {needed} tokens; leave data.block_size "
-                "out, or make it null"
+            raise UserError(
+                f"data.block_size={block_size} must be {needed}, the length of a problem of data={name}, or null"
             )
         super().__init__(name=name, block_size=needed, **windows)
         self.tokenizer = CharTokenizer(symbols)
@@ -59,32 +61,30 @@ class ProblemData(WindowData):
         raise NotImplementedError
 
     def written(self, problem: list[int]) -> tuple[str, str]:
-        """Question and answer as people write them."""
-        raise NotImplementedError
+        """Question and answer, (T + 1) symbols, as people write them."""
+        tokens, n = self.tokenizer.decode(problem), self.n_question
+        return self.notation.format_question(tokens[:n]), self.notation.format_answer(tokens[n:])
 
     def canonical(self, questions: np.ndarray) -> np.ndarray:
-        """(N, n_question) -> the same, with the same symbols for questions that must not be on both sides."""
+        """(N, n_question) -> the same shape; equal rows for questions that must not be on both sides."""
         return questions
 
     def __getstate__(self) -> dict[str, Any]:
-        """For worker processes, which draw problems and have no use for the trainer."""
+        """Without the trainer, which cannot be sent to worker processes."""
         return {key: value for key, value in self.__dict__.items() if key != "trainer"}
 
     def setup(self, stage: str | None = None) -> None:
-        if not 0 < self.held_out_share < 1:
-            raise ValueError(
-                f"{type(self).__name__}.held_out_share={self.held_out_share}: it must be above 0 and below 1"
-            )
+        assert 0 < self.held_out_share < 1
         if not hasattr(self, "record"):
             self.held_out = self._find_held_out()
             if not len(self.held_out):
-                raise ValueError(f"data={self.name}: of so few problems none is held out; ask for larger ones")
-            kept = json.dumps([type(self).__name__, self.held_out.tolist()])  # the problems are the data's identity
-            self.record = {"name": self.name, "sha256": hashlib.sha256(kept.encode()).hexdigest()}
+                raise UserError(f"data={self.name}: none of so few problems is held out; make them larger")
+            identity = json.dumps([type(self).__name__, self.held_out.tolist()])
+            self.record = {"name": self.name, "sha256": hashlib.sha256(identity.encode()).hexdigest()}
         self.checked = True
 
     def problems(self, first: int, count: int) -> np.ndarray:
-        """The training problems first ... first + count - 1 of the run, (count, T + 1) int64."""
+        """Training problems first ... first + count - 1 of the run, (count, T + 1) int64."""
         questions = self._draw(self.seed, first, count)
         for attempt in itertools.count(1):
             held_out = self.is_held_out(questions)
@@ -100,26 +100,28 @@ class ProblemData(WindowData):
         return np.concatenate((questions, self.answer(questions)), axis=1)
 
     def _draw(self, key: int, first: int, count: int) -> np.ndarray:
-        """(count, n_question) symbols; the number of a problem is the counter of a counter-based generator."""
+        """(count, n_question) symbols; a problem's number is the counter of a counter-based generator."""
         blocks = -(-self.n_question // 4)  # of 4 words
         words = np.random.Philox(key=key, counter=first * blocks).random_raw(4 * blocks * count)
         words = words.reshape(count, -1)[:, : self.n_question]
         return (words % np.uint64(self.tokenizer.vocab_size)).astype(np.int64)
 
     def _find_held_out(self) -> np.ndarray:
-        """All held-out problems, or 5,000 of them, each once, (N, T + 1) int64; the same for every seed of a run."""
+        """All held-out problems, or 5,000 of them, each once, (N, T + 1) int64; the same for every seed."""
         symbols = self.tokenizer.vocab_size
         if symbols**self.n_question <= LIST_ALL:
             questions = np.indices((symbols,) * self.n_question).reshape(self.n_question, -1).T
             questions = questions[self.is_held_out(questions)]
-            return self._complete(questions[_hash(questions).argsort()])  # the first few are to be any
-        found, count = np.empty((0, self.n_question), dtype=np.int64), 2 * HELD_OUT
+            return self._complete(questions[_hash(questions).argsort()])  # shuffled: val_windows takes the first few
+        questions, count = np.empty((0, self.n_question), dtype=np.int64), 2 * HELD_OUT
         for first in itertools.count(0, count):
             drawn = self._draw(2**127, first, count)  # a key that no seed has
-            found = np.concatenate((found, drawn[self.is_held_out(drawn)]))
-            found = found[np.sort(np.unique(found, axis=0, return_index=True)[1])]  # each where it came first
-            if len(found) >= HELD_OUT or first > 100 * count:  # few problems: nearly all that there are
-                return self._complete(found[:HELD_OUT])
+            questions = np.concatenate((questions, drawn[self.is_held_out(drawn)]))
+            questions = questions[
+                np.sort(np.unique(questions, axis=0, return_index=True)[1])
+            ]  # each where it came first
+            if len(questions) >= HELD_OUT or first > 100 * count:  # by then nearly all, if there are fewer
+                return self._complete(questions[:HELD_OUT])
 
     def mask(self, count: int) -> Tensor:
         """True on the answers, (count, T + 1)."""
@@ -129,7 +131,7 @@ class ProblemData(WindowData):
         return ProblemSteps(self, rank, world_size)
 
     def val_batches(self, batch_size: int, rank: int, world_size: int) -> list[tuple[Tensor, Tensor]]:
-        mine = validated_share(len(self.held_out), self.val_windows, rank, world_size)
+        mine = val_share(len(self.held_out), self.val_windows, rank, world_size)
         batches = torch.from_numpy(self.held_out[mine.start : mine.stop]).split(batch_size)
         return [(ids, self.mask(len(ids))) for ids in batches]
 
@@ -146,10 +148,10 @@ class ProblemSteps(Dataset):
 
 
 class AdditionData(ProblemData):
-    """n-digit addition (minGPT's adder). Tokens are digits alone: those of a, those of b, and those of the sum in reverse,
-    since that is the order in which carries arise.
+    """n-digit addition (minGPT's adder). Tokens are digits alone: those of a, those of b, and those of the sum in
+    reverse, the order in which carries arise.
 
-    With ndigit=2, 85 + 50 = 135 is the problem 8 5 5 0 5 3 1: the model is given 8 5 5 0 5 3 and is to predict
+    With ndigit=2, 85 + 50 = 135 is the problem 8 5 5 0 5 3 1: the model gets 8 5 5 0 5 3 and predicts
 
         input     8  5  5  0  5  3
         target    -  -  -  5  3  1      ("-": part of the question, masked out of the loss)
@@ -158,7 +160,7 @@ class AdditionData(ProblemData):
     """
 
     def __init__(self, *, ndigit: int, **windows) -> None:
-        self.ndigit = ndigit
+        self.ndigit, self.notation = ndigit, Addition(ndigit)
         super().__init__(symbols=string.digits, n_question=2 * ndigit, n_answer=ndigit + 1, **windows)
 
     def answer(self, questions: np.ndarray) -> np.ndarray:
@@ -175,30 +177,22 @@ class AdditionData(ProblemData):
         swap = np.take_along_axis(a, first_difference, 1) > np.take_along_axis(b, first_difference, 1)
         return np.where(swap, np.concatenate((b, a), axis=1), questions)
 
-    def written(self, problem: list[int]) -> tuple[str, str]:
-        digits, n = self.tokenizer.decode(problem), self.ndigit
-        return f"{int(digits[:n])} + {int(digits[n : 2 * n])} = ", f"{int(digits[: 2 * n - 1 : -1])}"
-
 
 class SortData(ProblemData):
-    """Sorting `length` symbols out of `n_symbols` (minGPT's demo): 2 0 1 is continued with 0 1 2."""
+    """Sorting `length` symbols out of `n_symbols` (minGPT's demo): 2 0 1 is answered 0 1 2."""
 
     def __init__(self, *, length: int, n_symbols: int, **windows) -> None:
-        symbols = (string.digits + string.ascii_letters)[:n_symbols]
+        symbols, self.notation = (string.digits + string.ascii_letters)[:n_symbols], Sorting(length)
         super().__init__(symbols=symbols, n_question=length, n_answer=length, **windows)
 
     def answer(self, questions: np.ndarray) -> np.ndarray:
         return np.sort(questions, axis=1)
 
-    def written(self, problem: list[int]) -> tuple[str, str]:
-        text = " ".join(self.tokenizer.decode(problem))
-        return text[: 2 * self.n_question] + "-> ", text[2 * self.n_question :]
-
 
 def _hash(rows: np.ndarray) -> np.ndarray:
-    """A number of 64 bits for each row of (N, n) small integers, spread like random ones: SplitMix64's mixing of bits (Steele,
-    Lea and Flood 2014), once for each column."""
-    state = np.full(len(rows), 133, dtype=np.uint64)  # chosen: about a tenth is held out even of 100 problems
+    """(N, n) small integers -> (N,) uint64, spread like random ones: SplitMix64 (Steele, Lea and Flood 2014), once per
+    column."""
+    state = np.full(len(rows), 133, dtype=np.uint64)  # with this start, about a tenth is held out even of 100 problems
     for column in rows.T.astype(np.uint64):
         state = (state ^ column) + np.uint64(0x9E3779B97F4A7C15)
         state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)

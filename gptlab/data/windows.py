@@ -1,13 +1,22 @@
 """Windows of token ids: which sequences a step trains on, as a pure function of (seed, index), and validation.
 
-Sequence number i of a run starts at a position drawn from (seed, i). Step s takes the sequences
-s * batch_size ... (s + 1) * batch_size - 1, and each process a contiguous share of them. So what a step sees depends
-neither on the number of processes or workers nor on where a run was interrupted.
+    token ids    0 . . . . . . . . . . . . . . . . . . . . . . . . N
+    training           [---3---]      [---0---]   [--1--...          sequence i starts where (seed, i) says
+    validation   [---0---]                                           side by side: each token but the first is
+                         [---1---]                                   predicted once
+                                 [---2---] . . .
+
+Step s takes the sequences s * batch_size ... (s + 1) * batch_size - 1, and each process a contiguous share of them. So
+what a step sees depends neither on the number of processes or workers nor on where a run was interrupted.
 """
 
+import atexit
+import multiprocessing
+import os
 import signal
+import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +26,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from gptlab.errors import UserError
+
 Batch = Tensor | tuple[Tensor, Tensor]
+READ_WHOLE = 1 << 30  # bytes: larger files are not read from end to end before training
 
 
 def window_starts(seed: int, first: int, count: int, positions: int) -> np.ndarray:
@@ -31,12 +43,27 @@ def window_starts(seed: int, first: int, count: int, positions: int) -> np.ndarr
 
 
 def share(total: int, rank: int, world_size: int) -> range:
-    """The contiguous part of range(total) that falls to one of `world_size` processes; sizes differ by at most 1."""
+    """The contiguous part of range(total) for one of `world_size` processes; sizes differ by at most 1."""
     return range(total * rank // world_size, total * (rank + 1) // world_size)
 
 
+def val_share(total: int, val_windows: int | None, rank: int, world_size: int) -> range:
+    """One process's part of the first `val_windows` of all validation windows.
+
+    Raises:
+        UserError: fewer than processes.
+    """
+    total = min(total, val_windows or total)
+    if total < world_size:
+        raise UserError(
+            f"validation has {total} windows and must have one per process, {world_size}; raise data.val_windows, or lower "
+            "data.block_size or trainer.devices"
+        )
+    return share(total, rank, world_size)
+
+
 class Ids:
-    """A sequence of token ids, in memory or in a file, of which windows are read: (b, T + 1) positions at a time."""
+    """Token ids in memory or in a file, read as int64 at any positions."""
 
     def __init__(self, ids: np.ndarray, vocab_size: int) -> None:
         self.ids, self.vocab_size = ids, vocab_size
@@ -45,18 +72,14 @@ class Ids:
         return len(self.ids)
 
     def __getitem__(self, positions: np.ndarray) -> np.ndarray:
-        """As int64.
-
-        Raises:
-            ValueError: an id outside the vocabulary, which a GPU would notice only by crashing. A large file is not
-                read whole before training (see `id_range`), and files can break.
-        """
+        """Raises UserError for an id outside the vocabulary, at which a GPU would only crash: files can break, and
+        large ones are not read before training."""
         ids = self.ids[positions].astype(np.int64)
         if ids.min() < 0 or ids.max() >= self.vocab_size:
             wrong = (ids < 0) | (ids >= self.vocab_size)
-            raise ValueError(
-                f"token {positions[wrong][0]:,} of the data is {ids[wrong][0]}, outside the vocabulary of "
-                f"{self.vocab_size}: the file is damaged or was made with another tokenizer; prepare it anew"
+            raise UserError(
+                f"token {positions[wrong][0]:,} of the data is {ids[wrong][0]}, outside the vocabulary of {self.vocab_size}: "
+                "the file is damaged or was made with another tokenizer; prepare it again"
             )
         return ids
 
@@ -76,7 +99,7 @@ class TrainSteps(Dataset):
 
 
 class StepsFrom(Sampler[int]):
-    """The steps that are left. Its length counts the finished ones too: that is how Lightning keeps its place."""
+    """The remaining steps. Its length counts the finished ones too: that is how Lightning keeps its place."""
 
     def __init__(self, start: int, stop: int) -> None:
         self.start, self.stop = start, stop
@@ -91,14 +114,14 @@ class StepsFrom(Sampler[int]):
 class ValBatches(Dataset):
     """Windows side by side, so that each token but the first is predicted exactly once.
 
-    Item k is (ids (b, T + 1) int64, mask (b, T + 1) bool); the mask is False where the last window is filled up.
+    Item k is (ids (b, T + 1) int64, mask (b, T + 1) bool); the mask is False where the last window is padded.
     """
 
     def __init__(
         self, ids: Ids, block_size: int, windows: int | None, batch_size: int, rank: int, world_size: int
     ) -> None:
         self.ids, self.block_size, self.batch_size = ids, block_size, batch_size
-        self.windows = validated_share(-(-(len(ids) - 1) // block_size), windows, rank, world_size)
+        self.windows = val_share(-(-(len(ids) - 1) // block_size), windows, rank, world_size)
 
     def __len__(self) -> int:
         return -(-len(self.windows) // self.batch_size)
@@ -110,23 +133,8 @@ class ValBatches(Dataset):
         return torch.from_numpy(self.ids[np.where(mask, at, 0)]), torch.from_numpy(mask)
 
 
-def validated_share(total: int, val_windows: int | None, rank: int, world_size: int) -> range:
-    """One process's part of the first `val_windows` of all validation windows.
-
-    Raises:
-        ValueError: too few for the processes.
-    """
-    total = min(total, val_windows or total)
-    if total < world_size:
-        raise ValueError(
-            f"validation has {total} windows for {world_size} processes, and each needs one: raise data.val_windows, "
-            "lower data.block_size, or lower trainer.devices"
-        )
-    return share(total, rank, world_size)
-
-
 class TimedLoader(DataLoader):
-    """Counts the seconds for which it was waited for, in `waited`."""
+    """A DataLoader that adds up the seconds spent waiting for it, in `waited`."""
 
     waited = 0.0
 
@@ -136,8 +144,8 @@ class TimedLoader(DataLoader):
             asked = time.perf_counter()
             try:
                 batch = next(batches, None)
-            except ValueError as error:  # from a worker process it comes with the traceback in its text
-                raise ValueError(str(error).rpartition("\nValueError: ")[2]) from error
+            except UserError as error:  # from a worker process, its text is a whole traceback
+                raise UserError(str(error).rpartition("UserError: ")[2]) from error
             self.waited += time.perf_counter() - asked
             if batch is None:
                 return
@@ -148,13 +156,13 @@ def ids_and_mask(batch: Batch) -> tuple[Tensor, Tensor | None]:
     """The two parts of a batch.
 
     Raises:
-        ValueError: something else than WindowData's docstring asks for, such as pairs of inputs and targets.
+        UserError: not a batch as in WindowData's docstring, such as pairs of inputs and targets.
     """
     ids, mask = batch if isinstance(batch, (tuple, list)) and len(batch) == 2 else (batch, None)
     if isinstance(mask, Tensor) and mask.dtype != torch.bool:
-        raise ValueError(
-            "the data set yields pairs, such as inputs and targets: gptlab takes ids (b, T + 1) alone, or with a mask "
-            "of type bool, and shifts the targets by one itself, so that they cannot be shifted wrongly"
+        raise UserError(
+            "data._target_ yields pairs, such as inputs and targets; it must yield ids (b, T + 1), or ids and a mask of "
+            "type bool: gptlab shifts the targets by one itself"
         )
     if (
         not isinstance(ids, Tensor)
@@ -162,41 +170,40 @@ def ids_and_mask(batch: Batch) -> tuple[Tensor, Tensor | None]:
         or ids.shape[1] < 2
         or (mask is not None and mask.shape != ids.shape)
     ):
-        shapes = ", ".join(
-            str(tuple(part.shape)) if isinstance(part, Tensor) else type(part).__name__ for part in (ids, mask)
-        )
-        raise ValueError(f"a batch must be ids (b, T + 1), or ids and a mask of the same shape, not {shapes}")
+        shapes = [str(tuple(part.shape)) if isinstance(part, Tensor) else type(part).__name__ for part in (ids, mask)]
+        raise UserError(f"a batch must be ids (b, T + 1), or ids and a mask of the same shape, not {', '.join(shapes)}")
     return ids, mask
 
 
 class WindowData(L.LightningDataModule):
     """Training and validation windows over two sequences of token ids, and all that gptlab asks of a data set.
 
-    For ids of your own, subclass this. `__init__` gets the keys of the config's `data` node (but _target_), and seed;
-    those of WindowData go on to it (`super().__init__(**windows)`), those of your own are your own. `setup(stage)` sets
-    `tokenizer` (such as `gptlab.tokenizer.CharTokenizer("abc...")`), `train_ids`, `val_ids` (1-D numpy arrays of
-    integers) and `record`. For other batches, this is what gptlab
-    uses:
+    For custom ids, subclass this. `__init__` gets the keys of the config's `data` node (but _target_), and seed; pass
+    those of WindowData on (`super().__init__(**windows)`). `setup(stage)` sets `tokenizer` (such as
+    `gptlab.tokenizer.CharTokenizer("abc...")`), `train_ids`, `val_ids` (1-D numpy arrays of integers) and `record`.
 
-    - `prepare_data()` and `setup("fit")`: called in every process, and by Lightning once more: the second time they
-      must change nothing.
-    - `train_dataloader()`: one batch per optimizer step, this process's share of it, beginning with that of step
-      `self.trainer.global_step`; its length counts the steps before that too. (The callback Overfit wants a
+    For other batches, this is what gptlab uses:
+
+    - `prepare_data()` and `setup("fit")`: called in every process, and by Lightning once more: the second call must
+      change nothing.
+    - `train_dataloader()`: one batch per optimizer step, this process's share of it, from step
+      `self.trainer.global_step` on; its length counts the steps before that too. (The callback Overfit wants a
       DataLoader with a `dataset` and a `sampler` of step numbers.) `val_dataloader()`: this process's share of the
       validation.
     - A batch is ids (b, T + 1) int64, tokens 1 ... T the targets of 0 ... T - 1, with 1 <= T <= block_size; or
       (ids, mask) with a mask (b, T + 1) bool that is False on tokens which do not count as targets.
     - `block_size`, `batch_size` (sequences per optimizer step, over all processes), `micro_batch_size` (sequences per
-      forward pass, or None). The config's `data.block_size` must say the same: a checkpoint is loaded with it; and
+      forward pass, or None). The config's `data.block_size` must be the same, as a checkpoint is loaded with it, and
       `data.name` names the run's folder.
-    - `record`: plain values that say what the data is, `name` and `sha256` at least; they go into every file of a run,
-      and a resume refuses data with another record. `resolved`: the config keys of `data`, existing ones, that
-      preparing it decided, for a resume, such as a path made absolute: {} if none. `warning`: what the user must be told at the start and again at
-      the end, or None.
+    - `record`: plain values that identify the data, at least `name` and `sha256`; they go into every file of a run, and
+      a resume refuses data with another record.
+    - `resolved`: existing keys of the config's `data` node that preparing decided, such as a path made absolute, for a
+      resume; {} if none. `warning`: shown at the start and the end, or None.
     - `tokenizer`: `vocab_size`; `encode(text)` -> ids (n,), an integer array, ValueError for what it cannot encode;
-      `decode(ids)` -> str, of an iterable of int, "\ufffd" for what is no whole character; `start`, the text that an empty prompt stands for; `token_bytes()`, the
-      bytes of text per token, an array (vocab_size,) of integers; `state()`, a dict of plain JSON from which a checkpoint makes it
-      again: for a class of your own `{"_target_": "my_pkg.MyTokenizer", ...}` with its keyword arguments.
+      `decode(ids)` -> str, of an iterable of int, with U+FFFD for incomplete characters; `start`, the text that
+      replaces an empty prompt; `token_bytes()`, the bytes of text per token, an array (vocab_size,) of integers;
+      `state()`, a dict of plain JSON that rebuilds it from a checkpoint: for a custom class
+      `{"_target_": "my_pkg.MyTokenizer", ...}` with its keyword arguments.
     """
 
     tokenizer: Any
@@ -223,22 +230,24 @@ class WindowData(L.LightningDataModule):
         self.checked = False
 
     def check_lengths(self, source: str | Path) -> None:
-        """Raises ValueError unless both splits hold at least one window and only ids of the vocabulary."""
+        """Raises UserError unless both splits hold at least one window and only ids of the vocabulary."""
         self.checked = True
         for split, name in (("training", "train_ids"), ("validation", "val_ids")):
             ids = getattr(self, name, None)
             if not (isinstance(ids, np.ndarray) and ids.ndim == 1 and ids.dtype.kind in "iu"):
-                what = f"{ids.dtype} {tuple(ids.shape)}" if hasattr(ids, "dtype") else type(ids).__name__
-                raise ValueError(f"{source}: {name} must be a 1-D numpy array of integers, not {what}")
+                actual = f"{ids.dtype} {tuple(ids.shape)}" if hasattr(ids, "dtype") else type(ids).__name__
+                raise UserError(f"{source}: {name} must be a 1-D numpy array of integers, not {actual}")
             if len(ids) < self.block_size + 1:
-                raise ValueError(
-                    f"{source}: the {split} split has {len(ids)} tokens, and data.block_size={self.block_size} needs "
-                    f"at least {self.block_size + 1}: give a longer text or a smaller data.block_size"
+                raise UserError(
+                    f"{source}: the {split} split has {len(ids)} tokens and must have at least data.block_size + 1 = "
+                    f"{self.block_size + 1}; give a longer text or a smaller data.block_size"
                 )
-            least, most = id_range(ids)
-            if least < 0 or most >= self.tokenizer.vocab_size:
-                wrong = least if least < 0 else most
-                raise ValueError(f"{source}: token id {wrong} is outside the vocabulary of {self.tokenizer.vocab_size}")
+            if ids.nbytes <= READ_WHOLE:
+                wrong = next((i for i in (ids.min(), ids.max()) if not 0 <= i < self.tokenizer.vocab_size), None)
+                if wrong is not None:
+                    raise UserError(
+                        f"{source}: token id {wrong} is outside the vocabulary of {self.tokenizer.vocab_size}"
+                    )
 
     def train_dataloader(self) -> DataLoader:
         steps = self.train_steps(self.trainer.global_rank, self.trainer.world_size)
@@ -263,33 +272,36 @@ class WindowData(L.LightningDataModule):
         return ValBatches(ids, self.block_size, self.val_windows, batch_size, rank, world_size)
 
     def _loader(self, dataset: Dataset, sampler: Any) -> DataLoader:
+        if self.workers:
+            atexit.register(_kill_workers)
         return TimedLoader(
             dataset,
             sampler=sampler,
             batch_size=None,
             num_workers=self.workers,
             persistent_workers=self.workers > 0,
-            worker_init_fn=_leave_signals_to_the_run if self.workers else None,
+            worker_init_fn=_start_worker if self.workers else None,
             pin_memory=self.trainer.strategy.root_device.type == "cuda",  # copied while the GPU computes
         )
 
 
-def _leave_signals_to_the_run(worker: int) -> None:
-    """A terminal's Ctrl-C and a cluster's signals reach all processes of a run; workers end with it, not before."""
+def _start_worker(worker: int) -> None:
+    """Signals from a terminal or cluster reach all processes of a run, but the main process still needs batches to reach
+    the end of its step: a worker ignores them, and ends with the main process, whatever it is doing."""
     for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(signum, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
 
 
-def id_range(ids: np.ndarray) -> tuple[int, int]:
-    """The least and the greatest id: of all, or in long sequences of 1,024 stretches spread over them, which is at most
-    a second's reading."""
-    stretch = 1 << 18
-    parts = [ids[start : start + stretch] for start in spread(len(ids), stretch, 1 << 10)]
-    return int(min(part.min() for part in parts)), int(max(part.max() for part in parts))
+def _end_with_parent(parent: int) -> None:
+    while os.getppid() == parent and multiprocessing.parent_process().is_alive():  # the parent may be a fork server
+        time.sleep(1)
+    os._exit(1)
 
 
-def spread(total: int, piece: int, most: int) -> Sequence[int]:
-    """Where pieces begin that are looked at: side by side, or, where they would be more than `most`, so many of them from end
-    to end."""
-    starts = range(0, total, piece)
-    return starts if len(starts) <= most else [i * (total - piece) // (most - 1) for i in range(most)]
+def _kill_workers() -> None:
+    """At exit, when everything is saved: else multiprocessing would wait for a worker that hangs, forever."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would complain
+    for child in multiprocessing.active_children():
+        if child.daemon:
+            child.kill()

@@ -1,0 +1,9 @@
+"""python -m gptlab: what can be run."""
+
+print("""gptlab: experiments with GPT language models
+
+  python -m gptlab.train      train a model, resume a run, or run a sweep (-m)
+  python -m gptlab.sample     write text with a trained model
+
+--help after either lists its settings; README.md shows the way.
+Documents become token files with scripts/prepare_openwebtext.py in a clone.""")

@@ -1,0 +1,79 @@
+"""Classes that a config names by `_target_`: which of them are foreign, and how one is built."""
+
+import importlib
+import inspect
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+from gptlab.errors import UserError
+
+
+def foreign_targets(config: Any, known: Collection[str]) -> list[str]:
+    """Every `_target_` in nested dicts and lists that is not one of `known`, which are full names: `gptlab.x.os.system`
+    would be code from elsewhere too. Each container is visited once, as a file can nest them a billionfold."""
+    foreign, stack, seen = [], [config], set()
+    while stack:
+        node = stack.pop()
+        if id(node) in seen or not isinstance(node, (dict, list, tuple)):
+            continue
+        seen.add(id(node))
+        if isinstance(node, dict) and "_target_" in node:
+            target = node["_target_"]
+            if not isinstance(target, str):
+                foreign.append("a _target_ that is not a name")
+            elif target not in known:
+                foreign.append(target[:100])
+        stack.extend(node.values() if isinstance(node, dict) else node)
+    return sorted(set(foreign))
+
+
+def require_trust(source: Path | str, config: Any, known: Collection[str], trust: bool) -> list[str]:
+    """The foreign targets of a config from outside.
+
+    Raises:
+        UserError: there are some, and no `trust`.
+    """
+    foreign = foreign_targets(config, known)
+    if foreign and not trust:
+        raise UserError(
+            f"{source} needs {', '.join(foreign[:5])}, which gptlab does not define: loading it runs that code; add "
+            "trust=true if you trust its author"
+        )
+    return foreign
+
+
+def instantiate(key: str, node: dict[str, Any], **arguments: Any) -> Any:
+    """Build a node of the config, after the nodes nested in it that have a `_target_`, as Hydra's instantiate does."""
+
+    def resolve(value: Any) -> Any:
+        if isinstance(value, dict):
+            value = {name: resolve(item) for name, item in value.items()}
+            return instantiate(key, value) if "_target_" in value else value
+        return [resolve(item) for item in value] if isinstance(value, list) else value
+
+    values = {name: resolve(value) for name, value in node.items() if name != "_target_"}
+    return build(key, node["_target_"], {**values, **arguments})
+
+
+def build(key: str, target: Any, arguments: dict[str, Any]) -> Any:
+    """Call the class that the config's node `key` names.
+
+    Raises:
+        UserError: there is no such class, or it does not take these arguments.
+    """
+    if not isinstance(target, str):
+        raise UserError(f"{key}._target_ must be the name of a class, PACKAGE.CLASS")
+    module, _, name = target.rpartition(".")
+    try:
+        wanted = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{key}._target_={target}: cannot import it ({error}); it must be installed or in the working directory"
+        ) from error
+    try:
+        inspect.signature(wanted).bind(**arguments)
+    except TypeError as error:
+        accepted = ", ".join(inspect.signature(wanted).parameters)
+        raise UserError(f"{key}: {target} does not fit its keys: {error}; it takes {accepted}") from None
+    return wanted(**arguments)
