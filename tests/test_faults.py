@@ -14,6 +14,7 @@ import yaml
 from conftest import DROPOUT, TINY, assert_same_end
 
 from gptlab import checkpoint, resume
+from gptlab.data.windows import ids_and_mask
 from gptlab.errors import UserError
 from gptlab.run import Run
 
@@ -194,3 +195,10 @@ def test_of_two_runs_that_want_one_folder_one_gets_it(tmp_path):
     files = [(tmp_path / "run" / name).read_text() for name in ("config.yaml", ".hydra/config.yaml")]
     assert [yaml.safe_load(text)["seed"] for text in files] == [2 - loser] * 2
     assert json.loads((tmp_path / "run/summary.json").read_text())["status"] == "finished"
+
+
+def test_pairs_of_inputs_and_targets_are_refused():
+    """With minGPT, a data set that forgets to shift trains a model that copies its input, at a loss near 0."""
+    ids = torch.arange(6).view(2, 3)
+    with pytest.raises(ValueError, match="the data set yields pairs, such as inputs and targets"):
+        ids_and_mask((ids, ids))
