@@ -87,7 +87,7 @@ class Hook(L.Callback):
 
 def start(folder: Path, settings: list[str], pipe: int | None = None) -> subprocess.Popen:
     """Train in `folder`, or go on with the run that is there, in a process group of its own (with data.workers)."""
-    arguments = ["resume=run"] if (folder / "run/config.yaml").exists() else settings
+    arguments = ["resume=run", "trust=true"] if (folder / "run/config.yaml").exists() else settings
     paths = os.pathsep.join(filter(None, (str(Path(__file__).parent), os.environ.get("PYTHONPATH"))))
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
     if pipe is not None:

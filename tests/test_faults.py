@@ -159,7 +159,7 @@ def test_a_checkpoint_of_another_run_is_refused(stopped, key, value, said):
     assert not any(isinstance(value, torch.Tensor) for _, value in resume.leaf_values(state))
     state["config"]["trainer"]["max_steps"] = 99
     resume.check_same_run(path, state, *now)
-    with pytest.raises(UserError, match="the data changed since"):
+    with pytest.raises(UserError, match="restore the old data"):
         resume.check_same_run(path, state, now[0], {**now[1], "sha256": "other"}, now[2])
     with pytest.raises(UserError, match="the tokenizer of data=python_docs changed"):
         resume.check_same_run(path, state, now[0], now[1], {**now[2], "chars": "ab"})
@@ -170,6 +170,14 @@ def test_a_checkpoint_of_another_run_is_refused(stopped, key, value, said):
     node[last] = value
     with pytest.raises(UserError, match=said):
         resume.check_same_run(path, state, *now)
+
+
+def test_a_checkpoint_of_an_older_gptlab_is_not_resumed(stopped):
+    path = stopped / "checkpoints/last.ckpt"
+    saved = {key: value for key, value in checkpoint.read(path).items() if key != "watch"}
+    torch.save(saved, path)
+    with pytest.raises(UserError, match="of an older gptlab: it can be sampled from, but not resumed"):
+        resume.find_state(Run(stopped))
 
 
 def test_a_copied_checkpoint_ends_as_an_error_text(gptlab, stopped):
