@@ -394,7 +394,7 @@ def test_accuracy_is_that_of_greedy_generation(tmp_path, caplog):
         module = fit(tmp_path, sorting(3, 10, batch_size=64), 400, 40, [Progress(), ExactMatch(2), seen])
     assert seen.measured == seen.generated
     assert seen.measured[0] < 0.1 < 0.9 < seen.measured[-1] and any(0.1 < a < 0.9 for a in seen.measured)
-    assert caplog.text.count("mistakes:") == sum(accuracy < 1 for accuracy in seen.measured[1:])
+    assert caplog.text.count("wrong answers:") == sum(accuracy < 1 for accuracy in seen.measured[1:])
     end = module.validated
     line = f"step 400: validation loss {end['val/loss']:.4f}, {100 * end['val/accuracy']:.2f} % answered exactly"
     assert line in caplog.messages
