@@ -233,7 +233,7 @@ def fit(trainer: Any, module: Any, data: Any, ckpt: Path | None, run: Run, trust
     """Train; if anything ends that early, say how to resume and exit."""
     from tqdm.contrib.logging import logging_redirect_tqdm
 
-    from gptlab.callbacks.interrupts import Interrupts
+    from gptlab.callbacks.interrupts import Interrupted, Interrupts
 
     describe(trainer, module.record["config"])
     gc.freeze()
@@ -242,7 +242,7 @@ def fit(trainer: Any, module: Any, data: Any, ckpt: Path | None, run: Run, trust
     try:
         with logging_redirect_tqdm(), interrupts.listening(trainer):
             trainer.fit(module, data, ckpt_path=ckpt, weights_only=True)
-    except (Exception, SystemExit) as error:
+    except (Exception, SystemExit, Interrupted) as error:
         sys.exit(report.ended_early(error, trainer, run, trust=trust))
 
 
