@@ -53,7 +53,8 @@ def main(task: Callable[[Any], float | None], entry: str) -> None:
         composed = True
         if HydraConfig.get().mode == RunMode.MULTIRUN:
             return run_sweep_job(entry, cfg)
-        return task(check(cfg, entry, HydraConfig.get().overrides.task))
+        with errors_as_text():  # here, as Hydra would print a line of its own before an exception
+            return task(check(cfg, entry, HydraConfig.get().overrides.task))
 
     job.__module__ = "__main__"  # Hydra names the job after the module
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors arrive here as they are; Hydra prints none itself
@@ -105,6 +106,10 @@ def busy_note(threads: int) -> str | None:
     )
 
 
+class JobError(Exception):
+    """A job of a sweep has failed, and has said why."""
+
+
 @contextlib.contextmanager
 def errors_as_text(composing: Callable[[], bool] = lambda: False) -> Iterator[None]:
     """Print a user's mistake as its text alone and exit with 2."""
@@ -115,6 +120,9 @@ def errors_as_text(composing: Callable[[], bool] = lambda: False) -> Iterator[No
         sys.exit(130)
     except BrokenPipeError:  # `| head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        sys.exit(1)
+    except JobError as error:
+        print(f"\nerror: {error}", file=sys.stderr)
         sys.exit(1)
     except Exception as error:
         text = None if FULL_ERROR else explain(error, composing())
@@ -139,7 +147,10 @@ def explain(error: BaseException, composing: bool = False) -> str | None:
         case MissingConfigException(missing_cfg_file=str(file)) if "/" in file:
             group, _, name = file.rpartition("/")
             options = error.options or sorted(path.stem for path in (config.CONF / group).glob("*.yaml"))
-            return f"{group}={name}: unknown option{did_you_mean(name, options)} All: {', '.join(options)}"
+            if not options and (config.CONF / (nearest := Path(group).name)).is_dir():
+                return f"{group}={name}: no such group; the defaults list of {Path(group).parent} says `override /{nearest}: {name}`"
+            hint = did_you_mean(name, options)
+            return f"{group}={name}: unknown option{hint}" + f" All: {', '.join(options)}" * hint.endswith("?")
         case OverrideParseException(override=given) if "=" in given:
             key, _, value = given.lstrip("+").partition("=")
             return f"{key}={value}: cannot be parsed; quote special characters for the shell and for Hydra: \"{key}='{value}'\""
@@ -283,12 +294,13 @@ def replace_missing_data(overrides: list[str], config_dir: str | None) -> list[s
 
 
 class Gatekeeper(Callback):
-    """Before Hydra makes any folder: the config is checked, of every job in a sweep, and the run folder is claimed."""
+    """Before Hydra makes any folder: the config is checked, of every job in a sweep, and a run claims its folder."""
 
     def on_run_start(self, config: Any, **_: Any) -> None:
+        entry = config.hydra.job.config_name
         with errors_as_text():  # an exception would become a warning of Hydra's
-            check(config, "train", config.hydra.overrides.task)
-            if is_first_process():
+            check(config, entry, config.hydra.overrides.task)
+            if entry == "train" and is_first_process():
                 Run(config.hydra.run.dir).claim(resuming=config.resume is not None)
 
     def on_multirun_start(self, config: Any, **_: Any) -> None:
@@ -360,7 +372,7 @@ def check_sweep(master: Any) -> None:
     wrong: dict[str, list[str]] = {}  # problems -> jobs
     for number, job in enumerate(jobs):
         try:
-            check(loader.load_sweep_config(master, job), "train", job)
+            check(loader.load_sweep_config(master, job), master.hydra.job.config_name, job)
         except Exception as error:
             varied = [given.lstrip("+") for i, given in enumerate(job) if len({other[i] for other in jobs}) > 1]
             wrong.setdefault(explain(error, composing=True), []).append(f"job {number} ({', '.join(varied)})")
@@ -377,7 +389,6 @@ def run_sweep_job(entry: str, cfg: Any) -> float | None:
     """Run one job of a sweep in a process of its own; its metric is read from the run folder."""
     from hydra._internal.utils import get_args_parser
     from hydra.core.hydra_config import HydraConfig
-    from hydra.errors import CompactHydraException
     from omegaconf import OmegaConf
 
     hydra_config = HydraConfig.get()
@@ -400,7 +411,7 @@ def run_sweep_job(entry: str, cfg: Any) -> float | None:
         print(f"sweep stopped; no job after {folder} was started", file=sys.stderr)
         sys.exit(status if status > 0 else 128 - status)
     if status != 0:
-        raise CompactHydraException(f"the job in {folder} ended with status {status}; see its messages above")
+        raise JobError(f"the job in {folder} ended with status {status}; see its messages above")
     summary = folder / "summary.json"  # sampling leaves none
     return json.loads(summary.read_text("utf-8"))["best"].get("val/loss") if summary.exists() else None
 

@@ -205,7 +205,7 @@ NODES = {
     "gptlab.callbacks.early_stopping.EarlyStopping": EarlyStopping,
     "gptlab.callbacks.ema.EMA": _node("EMA", decay=Fraction),
     "gptlab.callbacks.debug.Overfit": _node("Overfit", target=Amount),
-    "gptlab.callbacks.debug.Profile": _node("Profile", skip_steps=Size, steps=Count),
+    "gptlab.callbacks.debug.Profile": _node("Profile", skip_steps=Size, steps=Count, rows=Count),
     "lightning.pytorch.loggers.TensorBoardLogger": _node("TensorBoard", name=Str, version=Str, default_hp_metric=bool),
     "lightning.pytorch.loggers.WandbLogger": Wandb,
     "gptlab.loggers.CSVTable": _node("CSVTable"),

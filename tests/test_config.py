@@ -59,8 +59,8 @@ def files(tmp_path, monkeypatch):
 def wrong(choice: tuple[str, ...], changes: dict) -> list[str]:
     """The lines of the error; data that wait for a path get one."""
     paths = {"data=text": "here.txt", "data=openwebtext": "tokens", "experiment=gpt2_124m": "tokens"}
-    path = {"data.path": paths[name] for name in choice if name in paths}
-    return errors(choice[0], choice[1:], {**path, **changes})
+    path = next((paths[name] for name in choice if name in paths), None)
+    return errors(choice[0], choice[1:], ({"data.path": path} if path else {}) | changes)
 
 
 def keys_of(choice: tuple[str, ...]) -> list[str]:
@@ -160,7 +160,7 @@ OTHERS = {
         "callbacks.early_stopping.patience": COUNT, "callbacks.early_stopping.min_delta": AMOUNT,
     },
     "debug=overfit": {"callbacks.overfit.target": AMOUNT},
-    "debug=profile": {"callbacks.profile.skip_steps": SIZE, "callbacks.profile.steps": COUNT},
+    "debug=profile": {"callbacks.profile.skip_steps": SIZE, "callbacks.profile.steps": COUNT, "callbacks.profile.rows": COUNT},
     "logger=wandb": {
         "logger.project": STRING, "logger.name": OPTIONAL_STRING, "logger.tags": ([[], ["a"]], ["a", None, [None]]),
         "logger.entity": OPTIONAL_STRING, "logger.group": OPTIONAL_STRING, "logger.notes": OPTIONAL_STRING, "logger.offline": SWITCH,
