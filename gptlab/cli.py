@@ -265,6 +265,7 @@ def replace_missing_data(overrides: list[str], config_dir: str | None) -> list[s
     Decided once, by the parent of a sweep for all its jobs, and recorded as overrides like any other.
     """
     from hydra import compose, initialize_config_dir
+    from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
@@ -274,10 +275,12 @@ def replace_missing_data(overrides: list[str], config_dir: str | None) -> list[s
         return []
     searched = [f"hydra.searchpath=[file://{Path(config_dir).resolve()}]"] if config_dir else []
     try:
+        parsed = OverridesParser.create().parse_overrides(overrides)
+        fixed = [override.input_line for override in parsed if not override.is_sweep_override()]
         with initialize_config_dir(str(config.CONF), version_base="1.3"):
-            cfg = compose("train", [*overrides, *searched])
-        data = check(cfg, "train", overrides).data
-    except (UserError, HydraException, OmegaConfBaseException):  # reported when Hydra composes; or a sweep over data
+            cfg = compose("train", [*fixed, *searched])
+        data = check(cfg, "train", fixed).data
+    except (UserError, HydraException, OmegaConfBaseException):  # reported when Hydra composes
         return []
     fallback = data.get("fallback")
     if not fallback or not data.get("url") or data["path"]:
