@@ -127,7 +127,7 @@ def plain(cfg: Any) -> dict[str, Any]:
     """The config as plain values, without interpolations, as it is saved."""
     from omegaconf import OmegaConf
 
-    return {**OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True), "resume": None}
+    return {**OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True), "resume": None, "trust": False}
 
 
 def check_memory(resolved: dict[str, Any], data: Any) -> str | None:
