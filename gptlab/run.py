@@ -180,7 +180,7 @@ class Run:
         return [path for path in paths if path.is_file()]
 
     def read_config(self) -> dict[str, Any]:
-        """config.yaml as plain values. Anyone may have written it.
+        """config.yaml as plain values. Anyone may have written it, so that `trust` is not taken from it.
 
         Raises:
             UserError: it is damaged.
@@ -196,6 +196,7 @@ class Run:
             config = None
         if not isinstance(config, dict):
             raise UserError(f"{path} is damaged; restore it (a checkpoint holds the same under 'config')")
+        config.pop("trust", None)
         return config
 
     def write_record(

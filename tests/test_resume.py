@@ -457,7 +457,9 @@ def test_a_run_folder_from_elsewhere_runs_no_code(gptlab, tmp_path, finished, ev
     """Neither what Hydra would build while composing nor what the run would, however deeply it is nested."""
     shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
     (tmp_path / "evil.py").write_text("open('executed', 'w')")
-    (tmp_path / "run/config.yaml").write_text(yaml.safe_dump({**Run(tmp_path / "run").read_config(), **evil}))
+    (tmp_path / "run/config.yaml").write_text(
+        yaml.safe_dump({**Run(tmp_path / "run").read_config(), "trust": True, **evil})
+    )
     done = gptlab("train", "resume=run", "trainer.max_steps=6", status=2)
     assert not (tmp_path / "executed").exists() and "Traceback" not in done.stderr
     if "hydra" not in evil:
