@@ -44,8 +44,7 @@ def load(path: Path, device: str | torch.device = "cpu", *, trust: bool = False)
     """
     checkpoint = read(path)
     config, state = checkpoint["config"], checkpoint["tokenizer"]
-    named = [config["model"], {key: value for key, value in state.items() if key == "_target_"}]
-    foreign = require_trust(path, named, {GPT_TARGET}, trust)
+    foreign = require_trust(path, [config["model"], state], {GPT_TARGET}, trust)
     prefix = "model."
     try:
         state_dict = checkpoint["state_dict"].items()

@@ -23,7 +23,7 @@ from hydra.experimental.callback import Callback
 
 from gptlab import config, resume, targets
 from gptlab.config import did_you_mean
-from gptlab.errors import UserError
+from gptlab.errors import JobError, UserError
 from gptlab.run import Run, is_first_process
 
 DATA_PATHS = ("data.path", "data.val_path", "data.folder")
@@ -117,6 +117,9 @@ def errors_as_text(composing: Callable[[], bool] = lambda: False) -> Iterator[No
     except BrokenPipeError:  # `| head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         sys.exit(1)
+    except JobError as error:
+        print(f"\nerror: {error}", file=sys.stderr)
+        sys.exit(1)
     except Exception as error:
         text = None if FULL_ERROR else explain(error, composing())
         if text is None:
@@ -142,7 +145,10 @@ def explain(error: BaseException, composing: bool = False) -> str | None:
         case MissingConfigException(missing_cfg_file=str(file)) if "/" in file:
             group, _, name = file.rpartition("/")
             options = error.options or sorted(path.stem for path in (config.CONF / group).glob("*.yaml"))
-            return f"{group}={name}: unknown option{did_you_mean(name, options)} All: {', '.join(options)}"
+            if not options and (config.CONF / (nearest := Path(group).name)).is_dir():
+                return f"{group}={name}: no such group; the defaults list of {Path(group).parent} says `override /{nearest}: {name}`"
+            hint = did_you_mean(name, options)
+            return f"{group}={name}: unknown option{hint}" + f" All: {', '.join(options)}" * hint.endswith("?")
         case OverrideParseException(override=given) if "=" in given:
             key, _, value = given.lstrip("+").partition("=")
             return f"{key}={value}: cannot be parsed; quote special characters for the shell and for Hydra: \"{key}='{value}'\""
@@ -282,12 +288,12 @@ def _stop_before_training(*_: Any) -> None:
 
 
 class Gatekeeper(Callback):
-    """Before Hydra makes any folder: the config is checked, of every job in a sweep, and the run folder is claimed."""
+    """Before Hydra makes any folder: the config is checked, of every job in a sweep, and a run claims its folder."""
 
     def on_run_start(self, config: Any, **_: Any) -> None:
         with errors_as_text():  # an exception would become a warning of Hydra's
-            check(config, "train", config.hydra.overrides.task)
-            if is_first_process():
+            check(config, config.hydra.job.config_name, config.hydra.overrides.task)
+            if config.hydra.job.config_name == "train" and is_first_process():
                 global _claimed
                 _claimed = Run(config.hydra.run.dir)
                 _claimed.claim(resuming=config.resume is not None)

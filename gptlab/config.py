@@ -473,7 +473,7 @@ def _describe(key: str, error: Any, values: dict[str, Any]) -> str:
         fix = "name the class to build, such as my_package.MyClass" if "_target_" in key else f"add {key}=VALUE"
         return f"{key} is missing; {fix}"
     shown = f"{key}={YAML_NAMES.get(repr(given), given)!s:.80}"
-    if kind == "dict_type":
+    if kind in ("dict_type", "model_type"):
         choose = (
             f"; to choose {given}, its defaults list says `override /{key}: {given}`" if (CONF / key).is_dir() else ""
         )

@@ -130,11 +130,10 @@ def connect(logger: WandbLogger) -> None:
     Raises:
         UserError: no API key, no network, or a value that it refuses.
     """
-    import wandb
+    from wandb.errors import Error
 
     try:
         _ = logger.experiment
-    except wandb.Error as error:
-        raise UserError(
-            f"logger=wandb: {str(error).splitlines()[0]}; run `wandb login`, or add logger.offline=true"
-        ) from None
+    except Error as error:
+        reason = str(error).partition("\n")[0]
+        raise UserError(f"logger=wandb: {reason}; run `wandb login`, or add logger.offline=true") from None

@@ -32,6 +32,9 @@ def announce(
         log.info(textwrap.fill(f"memory: {memory}", 80, subsequent_indent="  "))
     tokens = f"{data.batch_size * data.block_size:,}"
     log.info("tokens per optimizer step: %s (%d sequences x %d tokens)", tokens, data.batch_size, data.block_size)
+    o = module.optim_config
+    end = f", cosine to {o['min_lr']:g} at step {o['decay_steps']}" if o["schedule"] == "cosine" else ""
+    log.info("learning rate: %g after %d warm-up steps%s", o["lr"], o["warmup_steps"], end)
     log.info("run folder: %s", run)
     if not any(isinstance(callback, Checkpointing) for callback in trainer.callbacks):
         log.warning(

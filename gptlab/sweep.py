@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from gptlab import cli
-from gptlab.errors import UserError
+from gptlab.errors import JobError, UserError
 
 
 def check_flags(entry: str, overrides: list[str], resuming: bool) -> None:
@@ -40,7 +40,7 @@ def check_jobs(master: Any) -> None:
     wrong: dict[str, list[str]] = {}  # problems -> jobs
     for number, job in enumerate(jobs):
         try:
-            cli.check(loader.load_sweep_config(master, job), "train", job)
+            cli.check(loader.load_sweep_config(master, job), master.hydra.job.config_name, job)
         except Exception as error:
             varied = [given.lstrip("+") for i, given in enumerate(job) if len({other[i] for other in jobs}) > 1]
             wrong.setdefault(cli.explain(error, composing=True), []).append(f"job {number} ({', '.join(varied)})")
@@ -57,7 +57,6 @@ def run_job(entry: str, cfg: Any) -> float | None:
     """Run one job of a sweep in a process of its own; its metric is read from the run folder."""
     from hydra._internal.utils import get_args_parser
     from hydra.core.hydra_config import HydraConfig
-    from hydra.errors import CompactHydraException
     from omegaconf import OmegaConf
 
     hydra_config = HydraConfig.get()
@@ -80,7 +79,7 @@ def run_job(entry: str, cfg: Any) -> float | None:
         print(f"sweep stopped; no job after {folder} was started", file=sys.stderr)
         sys.exit(status if status > 0 else 128 - status)
     if status != 0:
-        raise CompactHydraException(f"the job in {folder} ended with status {status}; see its messages above")
+        raise JobError(f"the job in {folder} ended with status {status}; see its messages above")
     summary = folder / "summary.json"  # sampling leaves none
     return json.loads(summary.read_text("utf-8"))["best"].get("val/loss") if summary.exists() else None
 

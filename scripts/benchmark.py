@@ -78,8 +78,8 @@ class Program:
         if self._unread:
             self._unread.close()
 
-    def poll(self) -> int:
-        """Read what was logged since the last call; returns the newest step, -1 without one.
+    def poll(self) -> None:
+        """Read what was logged since the last call.
 
         Raises:
             SystemExit: the program has ended.
@@ -90,14 +90,12 @@ class Program:
             self._unread = open(self.log)  # noqa: SIM115  (closed on exit)
         if self._unread and (found := re.findall(self.step_pattern, self._unread.read())):
             self.steps.append((time.perf_counter(), int(found[-1])))
-        return self.steps[-1][1] if self.steps else -1
 
-    def tokens_per_s(self, since: float) -> float:
+    def tokens_per_s(self) -> float:
         """0 if fewer than two steps were logged."""
-        steps = [(seconds, step) for seconds, step in self.steps if seconds >= since]
-        if len(steps) < 2:
+        if len(self.steps) < 2:
             return 0.0
-        (began, first), (ended, last) = steps[0], steps[-1]
+        (began, first), (ended, last) = self.steps[0], self.steps[-1]
         return (last - first) * self.tokens_per_step() / (ended - began)
 
 
@@ -126,19 +124,25 @@ def tail(output: Path) -> str:
 
 
 def measure_speeds(programs: list[Program], warm_up: int, seconds: float) -> list[float]:
-    """Tokens per second of each program, all running at once, over `seconds` after each has done `warm_up` steps."""
-    with contextlib.ExitStack() as stack:
-        for program in programs:
-            stack.enter_context(program)
-        deadline = time.perf_counter() + PATIENCE
-        while min([program.poll() for program in programs]) < warm_up and time.perf_counter() < deadline:
-            time.sleep(0.01)
-        began = time.perf_counter()
-        while time.perf_counter() < began + seconds:
+    """Tokens per second of each program, all running at once, over `seconds` (longer if a program has not logged two
+    steps by then) after each has done `warm_up` steps."""
+
+    def poll_until(done: Callable[[], bool], seconds: float) -> None:
+        deadline = time.perf_counter() + seconds
+        while not done() and time.perf_counter() < deadline:
             for program in programs:
                 program.poll()
             time.sleep(0.01)
-    return [program.tokens_per_s(began) for program in programs]
+
+    with contextlib.ExitStack() as stack:
+        for program in programs:
+            stack.enter_context(program)
+        poll_until(lambda: all(program.steps and program.steps[-1][1] >= warm_up for program in programs), PATIENCE)
+        for program in programs:
+            program.steps.clear()
+        poll_until(lambda: False, seconds)
+        poll_until(lambda: all(len(program.steps) >= 2 for program in programs), PATIENCE)
+        return [program.tokens_per_s() for program in programs]
 
 
 def gptlab(folder: Path, overrides: Iterable[str], spincount: str = "default") -> Program:

@@ -140,6 +140,7 @@ def test_weights_that_blow_up_are_neither_sampled_nor_used(gptlab, tmp_path):
     assert "its weights are not finite, or huge" in gptlab("sample", "ckpt=run", status=2).stderr
 
 
+@pytest.mark.slow
 def test_a_sweep_goes_on_after_a_job_that_diverged(gptlab, tmp_path):
     gptlab("train", "-m", *TINY, "optim.grad_clip=0", "optim.warmup_steps=0", "optim.lr=1e30,1e-3", status=1)
     (sweep,) = (tmp_path / "sweeps/python_docs").iterdir()

@@ -14,6 +14,7 @@ import yaml
 from conftest import DROPOUT, TINY, assert_same_end
 
 from gptlab import checkpoint, resume
+from gptlab.data.windows import ids_and_mask
 from gptlab.errors import UserError
 from gptlab.run import Run
 
@@ -158,7 +159,7 @@ def test_a_checkpoint_of_another_run_is_refused(stopped, key, value, said):
     assert not any(isinstance(value, torch.Tensor) for _, value in resume.leaf_values(state))
     state["config"]["trainer"]["max_steps"] = 99
     resume.check_same_run(path, state, *now)
-    with pytest.raises(UserError, match="the data changed since"):
+    with pytest.raises(UserError, match="restore the old data"):
         resume.check_same_run(path, state, now[0], {**now[1], "sha256": "other"}, now[2])
     with pytest.raises(UserError, match="the tokenizer of data=python_docs changed"):
         resume.check_same_run(path, state, now[0], now[1], {**now[2], "chars": "ab"})
@@ -169,6 +170,14 @@ def test_a_checkpoint_of_another_run_is_refused(stopped, key, value, said):
     node[last] = value
     with pytest.raises(UserError, match=said):
         resume.check_same_run(path, state, *now)
+
+
+def test_a_checkpoint_of_an_older_gptlab_is_not_resumed(stopped):
+    path = stopped / "checkpoints/last.ckpt"
+    saved = {key: value for key, value in checkpoint.read(path).items() if key != "watch"}
+    torch.save(saved, path)
+    with pytest.raises(UserError, match="of an older gptlab: it can be sampled from, but not resumed"):
+        resume.find_state(Run(stopped))
 
 
 def test_a_copied_checkpoint_ends_as_an_error_text(gptlab, stopped):
@@ -194,3 +203,10 @@ def test_of_two_runs_that_want_one_folder_one_gets_it(tmp_path):
     files = [(tmp_path / "run" / name).read_text() for name in ("config.yaml", ".hydra/config.yaml")]
     assert [yaml.safe_load(text)["seed"] for text in files] == [2 - loser] * 2
     assert json.loads((tmp_path / "run/summary.json").read_text())["status"] == "finished"
+
+
+def test_pairs_of_inputs_and_targets_are_refused():
+    """With minGPT, a data set that forgets to shift trains a model that copies its input, at a loss near 0."""
+    ids = torch.arange(6).view(2, 3)
+    with pytest.raises(ValueError, match="the data set yields pairs, such as inputs and targets"):
+        ids_and_mask((ids, ids))

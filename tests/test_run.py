@@ -221,11 +221,11 @@ def test_weights_and_biases_without_a_key(gptlab, tmp_path):
     )
     for name in ("sdk/__init__", "wandb_run", "sdk/lib/__init__"):
         (tmp_path / f"site/wandb/{name}.py").write_text("class Run: pass\nclass RunDisabled: pass\n")
+    (tmp_path / "site/wandb/errors.py").write_text("class Error(Exception): pass\nclass UsageError(Error): pass\n")
     (tmp_path / "site/wandb/__init__.py").write_text(
         textwrap.dedent("""
+        from wandb.errors import UsageError
         run = None
-        class Error(Exception): pass
-        class UsageError(Error): pass
         def init(**arguments):
             raise UsageError("No API key configured. Use `wandb login` to log in.\\nmore")
         """)
