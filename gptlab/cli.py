@@ -181,7 +181,7 @@ def arrange(argv: list[str], entry: str) -> list[str]:
     flags = [argument for argument in argv if argument not in parsed.overrides]
     groups = {path.name for folder in (config.CONF, Path(parsed.config_dir or config.CONF)) if folder.is_dir()
               for path in folder.iterdir() if path.is_dir()}  # fmt: skip
-    overrides = [_accept_any_key(override, groups, quote=not parsed.multirun) for override in parsed.overrides]
+    overrides = [_accept_any_key(override, groups, quoted=not parsed.multirun) for override in parsed.overrides]
     resuming = any(override.startswith("++resume=") for override in overrides)
     if parsed.multirun:
         sweep.check_flags(entry, overrides, resuming)
@@ -205,7 +205,7 @@ def _refuse_flags(message: str) -> None:
     raise UserError(f"{message}; settings have no dashes: optim.lr=3e-4, not --optim.lr 3e-4; --help lists them")
 
 
-def _accept_any_key(override: str, groups: set[str], quote: bool) -> str:
+def _accept_any_key(override: str, groups: set[str], quoted: bool) -> str:
     key, is_setting, value = override.partition("=")
     if key in ("callbacks", "logger") and value == "null":
         raise UserError(f"{override}: choose an option; to leave {key} out: '~{key}'")
@@ -214,7 +214,7 @@ def _accept_any_key(override: str, groups: set[str], quote: bool) -> str:
     key = key.removeprefix("+")
     if key == "resume" and value not in ("", "null"):
         value = str(Run.find(value).folder)  # latest, ~, relative paths
-    return f"++{key}={quote(value) if quote and key in TEXT_KEYS else value}"
+    return f"++{key}={quote(value) if quoted and key in TEXT_KEYS else value}"
 
 
 def quote(text: str) -> str:
