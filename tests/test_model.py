@@ -209,10 +209,12 @@ def test_activation_checkpointing_is_for_training_only():
     assert bytes_kept(checkpointed) == bytes_kept(plain)
 
 
-@pytest.mark.parametrize("changes", [{"n_embd": 13}, {"n_head": 0}, {"n_layer": 0}, {"vocab_size": 0}, {"dropout": 1.5}])
+@pytest.mark.parametrize(
+    "changes", [{"n_embd": 13}, {"n_head": 0}, {"n_layer": 0}, {"vocab_size": 0}, {"dropout": 1.5}]
+)
 def test_sizes_that_cannot_be_built(changes):
     """From plain Python; a config is checked before it comes here."""
-    with pytest.raises(ValueError, match="must be|has to be"):
+    with pytest.raises(ValueError, match=r"must be|has to be"):
         small(**changes)
 
 
