@@ -136,9 +136,9 @@ def test_no_estimate_where_control_flow_depends_on_values():
 
 
 def gpt2(micro_batch_size: int, vocab_size: int = 50257) -> Estimate | None:
-    """Of one layer of GPT-2 for 64 sequences."""
+    """Of one layer of GPT-2 for 16 sequences."""
     model = {"n_layer": 1, "n_head": 12, "n_embd": 768, "bias": True}
-    return estimate_step(partial(build, model, vocab_size, 1024), block_size=1024, sequences=64,
+    return estimate_step(partial(build, model, vocab_size, 1024), block_size=1024, sequences=16,
                          micro_batch_size=micro_batch_size, precision="bf16", device_type="cpu")  # fmt: skip
 
 
@@ -154,8 +154,8 @@ def test_ten_million_tokens_of_vocabulary_are_refused_without_allocating():
 
 def test_the_suggested_micro_batch_size_is_the_largest_that_fits():
     available = 8 * 2**30
-    with pytest.raises(UserError, match=r"data.micro_batch_size=64 needs .* try data.micro_batch_size=\d+$") as refused:
-        check_fits(gpt2, 64, available)
+    with pytest.raises(UserError, match=r"data.micro_batch_size=16 needs .* try data.micro_batch_size=\d+$") as refused:
+        check_fits(gpt2, 16, available)
     size = int(str(refused.value).rpartition("=")[2])
     assert gpt2(size).peak <= available < gpt2(size + 1).peak
     assert "8.0 GiB available" in check_fits(gpt2, size, available)
