@@ -98,7 +98,8 @@ def estimate_step(
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
     try:
         with FakeTensorMode(), LiveBytes() as live, torch.device(device_type):
-            model, *_copies = (build() for _ in range(1 + averaged + distributed))
+            model = build()
+            _copies = [torch.empty_like(p) for p in model.parameters() for _ in range(averaged + distributed)]
             fused = device_type in ("cpu", "cuda") and precision != "fp16"
             optimizer = optim.adamw(model, lr=0.0, betas=(0.9, 0.99), weight_decay=0.0, fused=fused)
             for parameter in model.parameters():
@@ -113,7 +114,7 @@ def estimate_step(
                 with torch.autocast(device_type, enabled=False):
                     loss.backward()
             return Estimate(live.peak, state, device_type)
-    except Exception:  # of a custom model; what is wrong with it shows when it is built in earnest
+    except Exception:  # from a custom model; if it is no fault of fake tensors, building it for real shows it
         return None
 
 

@@ -58,9 +58,7 @@ class GPTModule(L.LightningModule):
         self.requested_micro_batch_size = self.micro_batch_size = micro_batch_size
         self.val_micro_batch_size: int | None = None  # None: whole batches
         self.log_every = log_every
-        self.checks_at_log = (
-            False  # on a GPU, where no step may wait for the host: look for non-finite steps at logs only
-        )
+        self.checks_at_log = False  # for non-finite steps: on a GPU, where no step may wait for the host
         self.register_buffer("token_bytes", torch.from_numpy(token_bytes), persistent=False)
         # (loss, gradient norm) of each step since the last log, on the device. The loss is this process's part times the
         # number of processes, so that the mean over processes is the loss of the step.

@@ -214,7 +214,7 @@ def test_activation_checkpointing_is_for_training_only():
 )
 def test_sizes_that_cannot_be_built(changes):
     """From plain Python; a config is checked before it comes here."""
-    with pytest.raises(ValueError, match="must be|has to be"):
+    with pytest.raises(ValueError, match=r"must be|has to be"):
         small(**changes)
 
 
