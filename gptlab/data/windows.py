@@ -161,7 +161,7 @@ def ids_and_mask(batch: Batch) -> tuple[Tensor, Tensor | None]:
     ids, mask = batch if isinstance(batch, (tuple, list)) and len(batch) == 2 else (batch, None)
     if isinstance(mask, Tensor) and mask.dtype != torch.bool:
         raise UserError(
-            "data._target_ yields pairs, such as inputs and targets; it must yield ids (b, T + 1), or ids and a mask of "
+            "the data set yields pairs, such as inputs and targets; it must yield ids (b, T + 1), or ids and a mask of "
             "type bool: gptlab shifts the targets by one itself"
         )
     if (
