@@ -159,7 +159,7 @@ def explain(error: BaseException, composing: bool = False) -> str | None:
             meant = f"; did you mean {' or '.join(options)}?" if options else ""
             return f"{given}: settings are KEY=VALUE{meant}"
     if composing or isinstance(error, HydraException | OmegaConfBaseException | YAMLError):
-        texts = [str(e) for e in chain if str(e)]
+        texts = [str(e) for e in chain if str(e)] or [repr(error)]
         detail = next((str(e) for e in chain if isinstance(e, OmegaConfBaseException | YAMLError)), "")
         lines = (texts[0] if detail in texts[0] else f"{texts[0]}\n{detail}").split("\n")
         return "\n".join(lines[:4]).replace("++", "") + "\n(HYDRA_FULL_ERROR=1 shows where it comes from)"

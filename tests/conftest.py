@@ -12,6 +12,7 @@ from gptlab.data import documents, prepare
 from gptlab.tokenizer import BPETokenizer
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # several tests at a time: threads that wait for each other spin
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as cli.py sets it for users
 
 # A model and a run so small that a whole process takes a few seconds; a schedule that does not depend on max_steps.
 TINY = [

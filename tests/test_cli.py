@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from composed import composed, leaf_keys
+from composed import compose_entry, composed, leaf_keys
 from conftest import TINY
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -456,6 +456,21 @@ def test_a_run_folder_from_elsewhere_runs_no_code(refused, tmp_path, run_config,
         assert "trust=true" in text or "a _target_ that is not a name" in text, text
     if "distutils" in str(changes) and "hydra" not in changes:
         assert "distutils.spawn.spawn" in text
+
+
+@pytest.mark.parametrize(
+    "text", ["plain", "${seed}", "a ${oc.env:HOME} b", "\\${x}", "\\\\${x} \\", "$x {y}", "$", "${"]
+)
+def test_a_run_folder_gives_back_every_text(tmp_path, monkeypatch, text):
+    """A prompt with ${...} in it must not be interpolated, neither from the command line nor from a saved config."""
+    monkeypatch.chdir(tmp_path)
+    at = "callbacks.sample_text.prompt"
+    (given, *_) = arranged(f"{at}={text}")
+    new = cli.check(compose_entry("train", given), "train", [given]).model_dump()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/config.yaml").write_text(yaml.safe_dump(new))
+    again = cli.check(compose_entry("train", "++resume=run"), "train", ["++resume=run"]).model_dump()
+    assert config.select(new, at) == config.select(again, at) == text
 
 
 def test_a_trusted_run_builds_its_classes(gptlab, tmp_path):

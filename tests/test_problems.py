@@ -26,10 +26,10 @@ from test_module import make_module, make_trainer
 from torch.utils.data import DataLoader
 
 from gptlab import checkpoint, optim
+from gptlab.callbacks.display import Progress
 from gptlab.callbacks.early_stopping import EarlyStopping
 from gptlab.callbacks.ema import EMA
 from gptlab.callbacks.exact_match import ExactMatch
-from gptlab.callbacks.display import Progress
 from gptlab.callbacks.throughput import Throughput
 from gptlab.data.problems import AdditionData, ProblemData, SortData
 from gptlab.data.windows import StepsFrom, share
