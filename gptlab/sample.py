@@ -1,5 +1,6 @@
 """python -m gptlab.sample: text from a checkpoint. Reads nothing but the checkpoint."""
 
+import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
