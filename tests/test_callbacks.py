@@ -21,10 +21,11 @@ from test_module import make_module, make_trainer
 
 from gptlab.callbacks import throughput
 from gptlab.callbacks.checkpointing import AtomicCheckpointIO, Checkpointing
-from gptlab.callbacks.display import SampleText, TensorBoard
+from gptlab.callbacks.display import SampleText
 from gptlab.callbacks.interrupts import Interrupts
 from gptlab.callbacks.throughput import Throughput, peak_flops
 from gptlab.data.windows import WindowData
+from gptlab.loggers import TensorBoard
 from gptlab.terminal import printable
 from gptlab.tokenizer import CharTokenizer
 
