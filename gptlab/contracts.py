@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from gptlab.data.windows import WindowData
 from gptlab.errors import UserError
 
-DATA = ("tokenizer", "record", "resolved", "warning", "block_size", "batch_size", "micro_batch_size")
+DATA = ("tokenizer", "record", "resolved", "block_size", "batch_size", "micro_batch_size")
 TOKENIZER = ("vocab_size", "encode", "decode", "token_bytes", "start", "state")
 
 

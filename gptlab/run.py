@@ -29,7 +29,7 @@ from gptlab.errors import MissingFileError, UserError
 LOCK = ".lock"
 SAVED = ".saved"  # a mark: there has been a checkpoint
 OURS = ("config.yaml", "run.json", "metrics.jsonl", "checkpoints", "summary.json")
-WRITTEN_INTO = ("checkpoints", "tensorboard", "train.log")  # the others are replaced as a whole
+WRITTEN_INTO = ("checkpoints", "train.log")  # the others are replaced as a whole
 
 log = logging.getLogger(__name__)
 _locks: dict[Path, IO[str]] = {}  # open until the process ends

@@ -209,7 +209,7 @@ def load_results(run: Path) -> dict[str, Any]:
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text("utf-8").splitlines()]
     summary = json.loads((run / "summary.json").read_text("utf-8"))
     logging.getLogger("tensorboard").setLevel(logging.ERROR)  # it warns of resumes
-    events = EventAccumulator(str(run / "tensorboard"), size_guidance={"scalars": 0}).Reload()  # 0: all of them
+    events = EventAccumulator(str(run), size_guidance={"scalars": 0}).Reload()  # 0: all of them
     tags = set(events.Tags()["scalars"]) - set(SPEED)
     results["tensorboard"] = {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in tags}
     results["metrics.jsonl"] = [line for line in lines if "train/tokens_per_s" not in line]

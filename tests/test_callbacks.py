@@ -21,10 +21,11 @@ from test_module import make_module, make_trainer
 
 from gptlab.callbacks import throughput
 from gptlab.callbacks.checkpointing import AtomicCheckpointIO, Checkpointing
-from gptlab.callbacks.display import SampleText, TensorBoard
+from gptlab.callbacks.display import SampleText
 from gptlab.callbacks.interrupts import Interrupts
 from gptlab.callbacks.throughput import Throughput, peak_flops
 from gptlab.data.windows import WindowData
+from gptlab.loggers import TensorBoard
 from gptlab.terminal import printable
 from gptlab.tokenizer import CharTokenizer
 
@@ -88,12 +89,12 @@ def test_sampling_disturbs_neither_weights_nor_random_numbers(tmp_path):
 
 
 def test_tensorboard_has_samples_and_the_losses_first(tmp_path):
-    logger = TensorBoard(tmp_path, name="tensorboard", version="")
+    logger = TensorBoard(tmp_path)
     trainer = make_trainer(tmp_path, 4, callbacks=[SampleText("ab", 20, 0.0, None), Throughput()], logger=logger,
                            val_check_interval=2, check_val_every_n_epoch=None)  # fmt: skip
     trainer.fit(make_module(), datamodule=Data())
     logger.experiment.flush()
-    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    events = EventAccumulator(str(tmp_path)).Reload()
     samples = events.Tensors("samples/text_summary")
     assert [event.step for event in samples] == [2, 4]
     assert samples[0].tensor_proto.string_val[0].decode().startswith("    ab")

@@ -84,7 +84,7 @@ def finished(tmp_path_factory) -> Path:
 
 def points(run: Path, tag: str) -> list[tuple[int, float]]:
     """What TensorBoard shows."""
-    return [(event.step, event.value) for event in EventAccumulator(str(run / "tensorboard")).Reload().Scalars(tag)]
+    return [(event.step, event.value) for event in EventAccumulator(str(run)).Reload().Scalars(tag)]
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,8 @@
-"""What a run shows while it trains: a progress bar, a line per validation, samples; and the order of TensorBoard's plots."""
+"""What a run shows while it trains: a progress bar, a line per validation, samples."""
 
 import logging
 import math
 import sys
-from collections.abc import Mapping
 from typing import Any
 
 import lightning as L
@@ -17,11 +16,6 @@ from gptlab.generate import generate
 from gptlab.terminal import printable
 
 log = logging.getLogger(__name__)
-
-TAGS = {
-    **{f"train/{name}": f"train_health/{name}" for name in ("clipped_share", "grad_norm")},
-    **{f"train/{name}": f"train_speed/{name}" for name in ("data_wait", "mfu", "tokens_per_s")},
-}  # in TensorBoard, which sorts plots by name: losses come first
 
 
 class Progress(L.Callback):
@@ -129,10 +123,3 @@ class SampleText(L.Callback):
                     log.info("the sample is cut short: the run was asked to stop")
                     break
         return trainer.datamodule.tokenizer.decode(ids)
-
-
-class TensorBoard(TensorBoardLogger):
-    """Lightning's, with names that put the losses on top."""
-
-    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        super().log_metrics({TAGS.get(name, name): value for name, value in metrics.items()}, step)

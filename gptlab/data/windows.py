@@ -198,7 +198,7 @@ class WindowData(L.LightningDataModule):
     - `record`: plain values that identify the data, at least `name` and `sha256`; they go into every file of a run, and
       a resume refuses data with another record.
     - `resolved`: existing keys of the config's `data` node that preparing decided, such as a path made absolute, for a
-      resume; {} if none. `warning`: shown at the start and the end, or None.
+      resume; {} if none.
     - `tokenizer`: `vocab_size`; `encode(text)` -> ids (n,), an integer array, ValueError for what it cannot encode;
       `decode(ids)` -> str, of an iterable of int, with U+FFFD for incomplete characters; `start`, the text that
       replaces an empty prompt; `token_bytes()`, the bytes of text per token, an array (vocab_size,) of integers;
@@ -226,7 +226,6 @@ class WindowData(L.LightningDataModule):
         self.seed, self.name, self.block_size, self.batch_size = seed, name, block_size, batch_size
         self.micro_batch_size, self.val_windows, self.workers = micro_batch_size, val_windows, workers or 0
         self.resolved: dict[str, Any] = {}
-        self.warning: str | None = None
         self.checked = False
 
     def check_lengths(self, source: str | Path) -> None:
