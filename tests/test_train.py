@@ -116,7 +116,7 @@ def test_nothing_is_overwritten(gptlab, tmp_path):
     """Neither what the run wrote, nor what Hydra did."""
     gptlab("train", *TINY, "hydra.run.dir=run")
     before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
-    assert "holds a run already" in gptlab("train", *TINY, "seed=9", "hydra.run.dir=run", status=2).stderr
+    assert "already holds a run" in gptlab("train", *TINY, "seed=9", "hydra.run.dir=run", status=2).stderr
     for path, content in before.items():
         assert path.read_bytes() == content or path.name == ".lock", path
 
