@@ -44,8 +44,7 @@ def load(path: Path, device: str | torch.device = "cpu", *, trust: bool = False)
     """
     checkpoint = read(path)
     config, state = checkpoint["config"], checkpoint["tokenizer"]
-    named = [config["model"], {key: value for key, value in state.items() if key == "_target_"}]
-    foreign = require_trust(path, named, {GPT_TARGET}, trust)
+    foreign = require_trust(path, [config["model"], state], {GPT_TARGET}, trust)
     prefix = "model."
     try:
         state_dict = checkpoint["state_dict"].items()
@@ -132,7 +131,12 @@ def build_model(config: dict[str, Any], vocab_size: int, block_size: int) -> nn.
         UserError: there is no such class, or it does not take these keys.
     """
     arguments = {key: value for key, value in config.items() if key not in ("_target_", "compile")}
-    return build("model", config["_target_"], {"vocab_size": vocab_size, "block_size": block_size, **arguments})
+    sizes = {"vocab_size": vocab_size, "block_size": block_size}
+    model = build("model", config["_target_"], {**sizes, **arguments})
+    for name, size in sizes.items():  # what `generate` needs; a custom model need not keep them
+        if not hasattr(model, name):
+            setattr(model, name, size)
+    return model
 
 
 def build_tokenizer(state: dict[str, Any]) -> Any:

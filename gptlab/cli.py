@@ -7,16 +7,13 @@ would start it. Exit status: 0 done, 1 failed, 2 a user's mistake, 130 and 143 s
 """
 
 import contextlib
-import json
 import os
 import platform
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -26,7 +23,7 @@ from hydra.experimental.callback import Callback
 
 from gptlab import config, resume, targets
 from gptlab.config import did_you_mean
-from gptlab.errors import UserError
+from gptlab.errors import JobError, UserError
 from gptlab.run import Run, is_first_process
 
 DATA_PATHS = ("data.path", "data.val_path", "data.folder")
@@ -34,6 +31,7 @@ DATA_PATHS = ("data.path", "data.val_path", "data.folder")
 TEXT_KEYS = ("prompt", "prompt_file", "ckpt", "resume", *DATA_PATHS, "path", "out", "hub_split", "callbacks.sample_text.prompt")  # fmt: skip
 FULL_ERROR = os.environ.get("HYDRA_FULL_ERROR") == "1"
 
+_claimed: Run | None = None  # the run folder of this process
 _started: tuple[float, float, float] | None = None
 notes: list[str] = []  # what was chosen for the user and why, for the log
 
@@ -45,6 +43,8 @@ def main(task: Callable[[Any], float | None], entry: str) -> None:
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
 
+    from gptlab import sweep
+
     register_resolvers()
     composed = False
 
@@ -52,8 +52,8 @@ def main(task: Callable[[Any], float | None], entry: str) -> None:
         nonlocal composed
         composed = True
         if HydraConfig.get().mode == RunMode.MULTIRUN:
-            return run_sweep_job(entry, cfg)
-        with errors_as_text():  # here, as Hydra would print a line of its own before an exception
+            return sweep.run_job(entry, cfg)
+        with errors_as_text():  # here, or Hydra would add a line of its own
             return task(check(cfg, entry, HydraConfig.get().overrides.task))
 
     job.__module__ = "__main__"  # Hydra names the job after the module
@@ -106,10 +106,6 @@ def busy_note(threads: int) -> str | None:
     )
 
 
-class JobError(Exception):
-    """A job of a sweep has failed, and has said why."""
-
-
 @contextlib.contextmanager
 def errors_as_text(composing: Callable[[], bool] = lambda: False) -> Iterator[None]:
     """Print a user's mistake as its text alone and exit with 2."""
@@ -129,6 +125,8 @@ def errors_as_text(composing: Callable[[], bool] = lambda: False) -> Iterator[No
         if text is None:
             raise
         print(f"\nerror: {text}", file=sys.stderr)
+        if _claimed:
+            _claimed.discard()
         sys.exit(2)
 
 
@@ -175,23 +173,23 @@ def arrange(argv: list[str], entry: str) -> list[str]:
     """
     from hydra._internal.utils import get_args_parser
 
+    from gptlab import sweep
+
     parser = get_args_parser()
     parser.error = _refuse_flags
     parsed = parser.parse_intermixed_args(argv)
     flags = [argument for argument in argv if argument not in parsed.overrides]
     groups = {path.name for folder in (config.CONF, Path(parsed.config_dir or config.CONF)) if folder.is_dir()
               for path in folder.iterdir() if path.is_dir()}  # fmt: skip
-    overrides = [_accept_any_key(override, groups, quote=not parsed.multirun) for override in parsed.overrides]
+    overrides = [_accept_any_key(override, groups, as_text=not parsed.multirun) for override in parsed.overrides]
     resuming = any(override.startswith("++resume=") for override in overrides)
     if parsed.multirun:
-        _check_sweep_flags(entry, overrides, resuming)
-    is_ddp_child = any(
-        "train_ddp_process_" in override for override in overrides
-    )  # Lightning names the run folder itself
+        sweep.check_flags(entry, overrides, resuming)
+    is_ddp_child = any("train_ddp_process_" in override for override in overrides)  # Lightning names the folder itself
     if resuming and not is_ddp_child and any(override.startswith("hydra.run.dir=") for override in overrides):
         raise UserError("a resumed run stays in its folder; leave out hydra.run.dir")
     if not is_first_process():  # the first one writes and speaks for all
-        own = [] if resuming or is_ddp_child else [f"hydra.run.dir={_quote(tempfile.mkdtemp())}"]
+        own = [] if resuming or is_ddp_child else [f"hydra.run.dir={quote(tempfile.mkdtemp())}"]
         overrides += [*own, "hydra.output_subdir=null", "hydra/job_logging=none"]
     if entry == "train" and not resuming:
         if not any(override.startswith("hardware=") for override in overrides):
@@ -203,23 +201,11 @@ def arrange(argv: list[str], entry: str) -> list[str]:
     return flags + overrides
 
 
-def _check_sweep_flags(entry: str, overrides: list[str], resuming: bool) -> None:
-    if entry == "prepare":
-        raise UserError("-m: data are prepared one folder at a time")
-    if resuming:
-        raise UserError("resume continues one run and cannot be combined with a sweep (-m)")
-    if any(override.startswith("hydra.run.dir=") for override in overrides):
-        raise UserError("hydra.run.dir is the folder of a single run; with -m use hydra.sweep.dir=FOLDER")
-    other = Path.cwd() / "gptlab/__init__.py"
-    if other.exists() and other.resolve().parent != Path(__file__).resolve().parent:
-        raise UserError(f"{other.parent} is another package named gptlab, which the jobs would import; run elsewhere")
-
-
 def _refuse_flags(message: str) -> None:
     raise UserError(f"{message}; settings have no dashes: optim.lr=3e-4, not --optim.lr 3e-4; --help lists them")
 
 
-def _accept_any_key(override: str, groups: set[str], quote: bool) -> str:
+def _accept_any_key(override: str, groups: set[str], as_text: bool) -> str:
     key, is_setting, value = override.partition("=")
     if key in ("callbacks", "logger") and value == "null":
         raise UserError(f"{override}: choose an option; to leave {key} out: '~{key}'")
@@ -228,10 +214,10 @@ def _accept_any_key(override: str, groups: set[str], quote: bool) -> str:
     key = key.removeprefix("+")
     if key == "resume" and value not in ("", "null"):
         value = str(Run.find(value).folder)  # latest, ~, relative paths
-    return f"++{key}={_quote(value) if quote and key in TEXT_KEYS else value}"
+    return f"++{key}={quote(value) if as_text and key in TEXT_KEYS else value}"
 
 
-def _quote(text: str) -> str:
+def quote(text: str) -> str:
     """As a quoted string of Hydra's grammar, word for word; null stays null."""
     if text == "null":
         return text
@@ -241,9 +227,8 @@ def _quote(text: str) -> str:
 
 def detect_hardware() -> str:
     """gpu or cpu. Imports torch only if something hints at an accelerator: composing stays fast without one."""
-    driver = next((p for p in ("/proc/driver/nvidia", "/dev/kfd") if Path(p).exists()), None) or shutil.which(
-        "nvidia-smi"
-    )
+    files = (path for path in ("/proc/driver/nvidia", "/dev/kfd") if Path(path).exists())
+    driver = next(files, None) or shutil.which("nvidia-smi")
     if platform.system() == "Darwin" and platform.machine() == "arm64":
         driver = "Apple silicon"
     hardware, reason = "cpu", "no accelerator found"
@@ -260,9 +245,9 @@ def detect_hardware() -> str:
 
 
 def replace_missing_data(overrides: list[str], config_dir: str | None) -> list[str]:
-    """`data=FALLBACK name=FALLBACK` if the chosen data need a download that fails and have a fallback; else nothing.
+    """`data=FALLBACK name=FALLBACK` if the chosen data need a download that fails and name a fallback; else nothing.
 
-    Decided once, by the parent of a sweep for all its jobs, and recorded as overrides like any other.
+    Decided once, in a sweep by its parent, and recorded as overrides like any other. Not where data themselves vary.
     """
     from hydra import compose, initialize_config_dir
     from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -271,44 +256,54 @@ def replace_missing_data(overrides: list[str], config_dir: str | None) -> list[s
 
     from gptlab.data import files
 
-    if not any(re.match(r"(experiment|data)=|\+\+data\.", override) for override in overrides):
+    if not any(override.startswith(("experiment=", "data=")) for override in overrides):
         return []
-    searched = [f"hydra.searchpath=[file://{Path(config_dir).resolve()}]"] if config_dir else []
     try:
         parsed = OverridesParser.create().parse_overrides(overrides)
         fixed = [override.input_line for override in parsed if not override.is_sweep_override()]
+        searched = [f"hydra.searchpath=[file://{Path(config_dir).resolve()}]"] if config_dir else []
         with initialize_config_dir(str(config.CONF), version_base="1.3"):
-            cfg = compose("train", [*fixed, *searched])
-        data = check(cfg, "train", fixed).data
-    except (UserError, HydraException, OmegaConfBaseException):  # reported when Hydra composes
-        return []
+            data = check(compose("train", [*fixed, *searched]), "train", fixed).data
+    except (UserError, HydraException, OmegaConfBaseException):
+        return []  # reported where the config is composed for the run
     fallback = data.get("fallback")
-    if not fallback or not data.get("url") or data["path"]:
+    if not fallback or data["path"] or not data["url"]:
         return []
     try:
         files.fetch(data["url"], data["sha256"], files.data_folder(data["folder"]) / data["file"])
+        return []
     except UserError as error:
-        notes.append(
-            f"\n*** WARNING: {error}\n*** Training on {fallback} instead (data.fallback=null makes this an error). ***\n"
-        )
-        named = any(override.startswith("++name=") for override in overrides)
-        return [f"data={fallback}"] + ([] if named else [f"++name={fallback}"])
-    return []
+        warning = f"{error}. Training on {fallback} instead; data.fallback=null makes this an error"
+        notes.append(f"\n*** WARNING: {warning} ***\n")
+        return [
+            f"data={fallback}",
+            *([] if any(o.startswith("++name=") for o in overrides) else [f"++name={fallback}"]),
+        ]
+
+
+def _stop_before_training(*_: Any) -> None:
+    """Ctrl-C until training listens."""
+    _claimed.discard()
+    os._exit(130)
 
 
 class Gatekeeper(Callback):
     """Before Hydra makes any folder: the config is checked, of every job in a sweep, and a run claims its folder."""
 
     def on_run_start(self, config: Any, **_: Any) -> None:
-        entry = config.hydra.job.config_name
         with errors_as_text():  # an exception would become a warning of Hydra's
-            check(config, entry, config.hydra.overrides.task)
-            if entry == "train" and is_first_process():
-                Run(config.hydra.run.dir).claim(resuming=config.resume is not None)
+            check(config, config.hydra.job.config_name, config.hydra.overrides.task)
+            if config.hydra.job.config_name == "train" and is_first_process():
+                global _claimed
+                _claimed = Run(config.hydra.run.dir)
+                _claimed.claim(resuming=config.resume is not None)
+                signal.signal(signal.SIGINT, _stop_before_training)
 
     def on_multirun_start(self, config: Any, **_: Any) -> None:
+        from gptlab import sweep
+
         with errors_as_text():
-            check_sweep(config)
+            sweep.check_jobs(config)
 
 
 def check(cfg: Any, entry: str, overrides: list[str]) -> Any:
@@ -340,7 +335,7 @@ def resume_config(values: dict[str, Any], overrides: list[str]) -> dict[str, Any
     keys = ["trainer.accelerator" if key == "hardware" else key for key in keys]
     resume.check_changes(keys)
     saved = {**run.read_config(), "resume": values["resume"], "trust": values["trust"]}
-    targets.require_trust(run, saved, config.NODES, values["trust"])
+    targets.require_trust(run, saved, config.NODES, values["trust"] is True)
     for key in keys:
         saved = config.with_value(saved, key, config.select(values, key))
     for key, follower in (("trainer.checkpoint_every", "every"), ("trainer.keep_every", "keep_every")):
@@ -358,78 +353,6 @@ def _references(node: Any, at: str = "") -> Iterator[str]:
             yield f"{at}{key}"
         elif isinstance(child := node._get_node(key), DictConfig) and not child._is_none() and not child._is_missing():
             yield from _references(child, f"{at}{key}.")
-
-
-def check_sweep(master: Any) -> None:
-    """Raises UserError if any job of a sweep is wrong; the text lists all of them."""
-    from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
-    from hydra.core.global_hydra import GlobalHydra
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-
-    loader = GlobalHydra.instance().config_loader()
-    if not master.hydra.sweeper._target_.endswith(".BasicSweeper"):
-        return  # chooses its jobs as it goes; each is checked when it starts
-    params = [f"{key}={value}" for key, value in (master.hydra.sweeper.params or {}).items()]
-    overrides = OverridesParser.create(config_loader=loader).parse_overrides([*params, *master.hydra.overrides.task])
-    (jobs,) = BasicSweeper.split_arguments(overrides, max_batch_size=None)
-    wrong: dict[str, list[str]] = {}  # problems -> jobs
-    for number, job in enumerate(jobs):
-        try:
-            check(loader.load_sweep_config(master, job), master.hydra.job.config_name, job)
-        except Exception as error:
-            varied = [given.lstrip("+") for i, given in enumerate(job) if len({other[i] for other in jobs}) > 1]
-            wrong.setdefault(explain(error, composing=True), []).append(f"job {number} ({', '.join(varied)})")
-    if not wrong:
-        return
-    bad = sum(map(len, wrong.values()))
-    if len(wrong) == 1 and bad == len(jobs):
-        raise UserError(next(iter(wrong)))
-    texts = [f"{', '.join(names)}:\n{problem}" for problem, names in wrong.items()]
-    raise UserError(f"{bad} of {len(jobs)} jobs cannot run, so none was started\n" + "\n".join(texts))
-
-
-def run_sweep_job(entry: str, cfg: Any) -> float | None:
-    """Run one job of a sweep in a process of its own; its metric is read from the run folder."""
-    from hydra._internal.utils import get_args_parser
-    from hydra.core.hydra_config import HydraConfig
-    from omegaconf import OmegaConf
-
-    hydra_config = HydraConfig.get()
-    folder = Path(hydra_config.runtime.output_dir)
-    typed = get_args_parser().parse_args(sys.argv[1:])
-    flags = [flag for flag in sys.argv[1:] if flag not in ("-m", "--multirun", *typed.overrides)]
-    overrides = []
-    for override in hydra_config.overrides.task:
-        key = override.partition("=")[0].lstrip("+")
-        is_text = key in TEXT_KEYS  # as plain text again: the job quotes it
-        text = OmegaConf.select(cfg, key) if is_text else None
-        overrides.append(f"{key}={'null' if text is None else text}" if is_text else override)
-    command = [sys.executable, "-m", f"gptlab.{entry}", *flags, *overrides, f"hydra.run.dir={_quote(str(folder))}"]
-    ranks = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "NODE_RANK", "GROUP_RANK", "LOCAL_WORLD_SIZE", "PL_GLOBAL_SEED")
-    environment = {key: value for key, value in os.environ.items() if key not in (*ranks, "HYDRA_FULL_ERROR")}
-    if FULL_ERROR:
-        environment["HYDRA_FULL_ERROR"] = "1"
-    status = _wait_for(subprocess.Popen(command, env=environment, start_new_session=True))
-    if status in (129, 130, 143, -signal.SIGHUP, -signal.SIGINT, -signal.SIGTERM):
-        print(f"sweep stopped; no job after {folder} was started", file=sys.stderr)
-        sys.exit(status if status > 0 else 128 - status)
-    if status != 0:
-        raise JobError(f"the job in {folder} ended with status {status}; see its messages above")
-    summary = folder / "summary.json"  # sampling leaves none
-    return json.loads(summary.read_text("utf-8"))["best"].get("val/loss") if summary.exists() else None
-
-
-def _wait_for(process: subprocess.Popen) -> int:
-    """The exit status of a job in a session of its own; it gets each signal once, from here, and time to save."""
-    forwarded = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
-    if threading.current_thread() is not threading.main_thread():
-        return process.wait()
-    before = {signum: signal.signal(signum, lambda number, _: process.send_signal(number)) for signum in forwarded}
-    try:
-        return process.wait()
-    finally:
-        for signum, handler in before.items():
-            signal.signal(signum, handler)
 
 
 def register_resolvers() -> None:

@@ -206,7 +206,7 @@ NODES = {
     "gptlab.callbacks.ema.EMA": _node("EMA", decay=Fraction),
     "gptlab.callbacks.debug.Overfit": _node("Overfit", target=Amount),
     "gptlab.callbacks.debug.Profile": _node("Profile", skip_steps=Size, steps=Count, rows=Count),
-    "lightning.pytorch.loggers.TensorBoardLogger": _node("TensorBoard", name=Str, version=Str, default_hp_metric=bool),
+    "gptlab.loggers.TensorBoard": _node("TensorBoard"),
     "lightning.pytorch.loggers.WandbLogger": Wandb,
     "gptlab.loggers.CSVTable": _node("CSVTable"),
 }

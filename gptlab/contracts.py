@@ -1,4 +1,10 @@
-"""What a custom model, data set or tokenizer must offer, tried before training starts."""
+"""What a custom model, data set or tokenizer must offer, tried before training starts.
+
+A model is a `torch.nn.Module` whose constructor takes the keywords `vocab_size` and `block_size` (from the data) and the
+keys of its config. It maps token ids (B, T) int64, 1 <= T <= block_size, to logits (B, T, V), V >= vocab_size, for the
+token after each position, computed from the tokens up to that position alone. With a method `flops_per_token()`
+(forward and backward), train/mfu is logged. Data sets and tokenizers are described in `gptlab.data.windows.WindowData`.
+"""
 
 import json
 from collections.abc import Callable
@@ -9,89 +15,85 @@ import torch
 from torch import Tensor, nn
 
 from gptlab.data.windows import WindowData
+from gptlab.errors import UserError
+
+DATA = ("tokenizer", "record", "resolved", "block_size", "batch_size", "micro_batch_size")
+TOKENIZER = ("vocab_size", "encode", "decode", "token_bytes", "start", "state")
 
 
 @torch.no_grad()
 def check_model(model: nn.Module, vocab_size: int, block_size: int) -> None:
-    """Whether a user's own model offers what GPTModule's docstring asks for, by trying it on a few tokens.
-
-    Raises:
-        ValueError: the text says what is missing or wrong; that it looks ahead would otherwise show as a loss near 0.
-    """
-    name = type(model).__name__
-    if not isinstance(model, nn.Module) or not any(p.requires_grad for p in model.parameters()):
-        raise ValueError(f"model._target_: {name} must be a torch.nn.Module with parameters to train")
+    """Raises UserError unless the model keeps the contract above, as far as a few tokens can tell. A model that looks
+    ahead would otherwise train to a loss near 0."""
+    name = f"model._target_: {type(model).__name__}"
+    require(isinstance(model, nn.Module) and any(p.requires_grad for p in model.parameters()),
+            f"{name} must be a torch.nn.Module with parameters to train")  # fmt: skip
     for key, value in (("vocab_size", vocab_size), ("block_size", block_size)):
-        if getattr(model, key, None) != value:
-            raise ValueError(f"model._target_: {name} must keep its argument {key}={value} as the attribute {key}")
+        require(getattr(model, key) == value, f"{name}.{key}={getattr(model, key)} must be {value}, as it was given")
     T = min(block_size, 128)
     ids = torch.arange(2 * T).view(2, T) % vocab_size
-    changed = (ids + 1) % vocab_size  # all of the second sequence, but of the first
-    changed[0, :-1] = ids[0, :-1]  # the last token alone
     was_training = model.training
-    logits, others = model.eval()(ids), model(changed)
+    logits = model.eval()(ids)
+    again, prefix = model(ids), model(ids[:1, : (T + 1) // 2])
     model.train(was_training)
     shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-    if (
-        not isinstance(logits, Tensor)
-        or logits.dim() != 3
-        or logits.shape[:2] != ids.shape
-        or logits.shape[2] < vocab_size
-    ):
-        raise ValueError(
-            f"model._target_: {name} must map ids (B, T) to logits (B, T, V) with V >= vocab_size: for ids (2, {T}) and "
-            f"vocab_size={vocab_size} it returned {shape}"
-        )
-    if not torch.isfinite(logits[..., :vocab_size]).all():
-        raise ValueError(f"model._target_: {name} returns logits that are not finite, before any training")
-    if not torch.allclose(logits[0, :-1, :vocab_size], others[0, :-1, :vocab_size], rtol=1e-3, atol=1e-4):
-        raise ValueError(
-            f"model._target_: {name} looks ahead: its logits for a position change with later tokens, which it is to "
-            "predict, or with other sequences; mask them, as is_causal=True does in scaled_dot_product_attention"
-        )
+    require(isinstance(logits, Tensor) and logits.dim() == 3 and logits.shape[:2] == ids.shape and logits.shape[2] >= vocab_size,
+            f"{name} must map ids (B, T) to logits (B, T, V) with V >= vocab_size; for ids (2, {T}) and vocab_size={vocab_size} "
+            f"it returned {shape}")  # fmt: skip
+    require(
+        logits[..., :vocab_size].isfinite().all(), f"{name} returns logits that are not finite, before any training"
+    )
+    close = {"rtol": 1e-3, "atol": 1e-4, "equal_nan": True}
+    require(torch.allclose(logits, again, **close),
+            f"{name} is random in eval mode; F.dropout needs training=self.training")  # fmt: skip
+    require(torch.allclose(logits[:1, : prefix.shape[1]], prefix, **close),
+            f"{name} looks ahead: logits change with later tokens, the ones to predict, or with other sequences; mask them, "
+            "as is_causal=True does in scaled_dot_product_attention")  # fmt: skip
 
 
 def check_data(data: Any) -> None:
-    """Whether a user's own data set offers what WindowData's docstring asks for; its tokenizer has a check of its own.
-
-    Raises:
-        ValueError: the text says what is missing or wrong.
-    """
+    """Raises UserError unless a data set offers what WindowData's docstring lists; see also `check_tokenizer`."""
     name = f"data._target_: {type(data).__name__}"
-    needed = ("tokenizer", "record", "resolved", "warning", "block_size", "batch_size", "micro_batch_size")
-    if missing := [part for part in needed if not hasattr(data, part)]:
-        raise ValueError(f"{name} lacks {', '.join(missing)}; all that is needed is in the docstring of WindowData")
+    require_attributes(name, data, DATA)
     if isinstance(data, WindowData) and not data.checked:
         data.check_lengths(f"data={data.name}")
-    try:
-        json.dumps(data.record)
-    except TypeError as error:
-        raise ValueError(f"{name}: record must hold plain values: {error}") from None
-    if not {"name", "sha256"} <= data.record.keys():
-        raise ValueError(f"{name}: record must have name and sha256, and has {', '.join(data.record)}")
+    require_json(f"{name}.record", data.record)
+    require(
+        {"name", "sha256"} <= data.record.keys(), f"{name}.record must have name and sha256; it has {[*data.record]}"
+    )
 
 
 def check_tokenizer(tokenizer: Any, build: Callable[[dict], Any]) -> None:
-    """Whether a user's own tokenizer offers what WindowData's docstring asks for; `build` makes it from its state.
-
-    Raises:
-        ValueError: the text says what is missing or wrong.
-    """
+    """Raises UserError unless a tokenizer offers what WindowData's docstring lists; `build` restores it from its state."""
     name = f"data._target_: its tokenizer {type(tokenizer).__name__}"
-    needed = ("vocab_size", "encode", "decode", "token_bytes", "start", "state")
-    if missing := [part for part in needed if not hasattr(tokenizer, part)]:
-        raise ValueError(f"{name} lacks {', '.join(missing)}; all that is needed is in the docstring of WindowData")
+    require_attributes(name, tokenizer, TOKENIZER)
     ids, sizes = tokenizer.encode(tokenizer.start), tokenizer.token_bytes()
-    if not (isinstance(ids, np.ndarray) and ids.ndim == 1 and ids.dtype.kind in "iu" and len(ids)):
-        raise ValueError(f"{name}: encode(start) must be a numpy array of at least one integer, not {ids!r}")
-    if not isinstance(tokenizer.decode(ids.tolist()), str):
-        raise ValueError(f"{name}: decode(ids) must be a str")
-    if not (isinstance(sizes, np.ndarray) and sizes.shape == (tokenizer.vocab_size,) and sizes.dtype.kind in "iu"):
-        raise ValueError(f"{name}: token_bytes() must be a numpy array of {tokenizer.vocab_size} integers")
+    require(isinstance(ids, np.ndarray) and ids.ndim == 1 and ids.dtype.kind in "iu" and len(ids),
+            f"{name}: encode(start) must return a 1-D numpy array of at least one integer, not {ids!r}")  # fmt: skip
+    require(isinstance(tokenizer.decode(ids.tolist()), str), f"{name}: decode(ids) must return a str")
+    require(isinstance(sizes, np.ndarray) and sizes.shape == (tokenizer.vocab_size,) and sizes.dtype.kind in "iu",
+            f"{name}: token_bytes() must return a numpy array of {tokenizer.vocab_size} integers")  # fmt: skip
+    require_json(f"{name}: state()", tokenizer.state())
+    restored = build(tokenizer.state()).vocab_size
+    require(restored == tokenizer.vocab_size,
+            f"{name}: vocab_size={tokenizer.vocab_size}, but {restored} when restored from its state()")  # fmt: skip
+
+
+def require(condition: Any, otherwise: str) -> None:
+    if not condition:
+        raise UserError(otherwise)
+
+
+def require_attributes(name: str, value: Any, attributes: tuple[str, ...]) -> None:
+    missing = [attribute for attribute in attributes if not hasattr(value, attribute)]
+    require(
+        not missing,
+        f"{name} lacks {', '.join(missing)}; the docstring of gptlab.data.windows.WindowData lists them all",
+    )
+
+
+def require_json(name: str, value: Any) -> None:
     try:
-        json.dumps(tokenizer.state())
+        json.dumps(value)
     except TypeError as error:
-        raise ValueError(f"{name}: state() must hold plain values: {error}") from None
-    again = build(tokenizer.state())
-    if again.vocab_size != tokenizer.vocab_size:
-        raise ValueError(f"{name} has {tokenizer.vocab_size} tokens, and {again.vocab_size} when made from its state()")
+        raise UserError(f"{name} must hold plain JSON values: {error}") from None

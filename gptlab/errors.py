@@ -7,3 +7,7 @@ class UserError(ValueError):
 
 class MissingFileError(UserError, FileNotFoundError):
     """A file that the user named, or that was to be downloaded, is not there."""
+
+
+class JobError(Exception):
+    """A job of a sweep failed, and has said why; the exit status of the sweep is 1."""

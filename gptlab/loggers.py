@@ -10,13 +10,22 @@ from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
+import yaml
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from torch.utils.tensorboard.summary import hparams
 
+from gptlab.config import VALIDATED
 from gptlab.errors import UserError
 from gptlab.run import Metrics, Run, write_atomic
 from gptlab.targets import build
+
+TENSORBOARD = "gptlab.loggers.TensorBoard"
+TAGS = {
+    **{f"train/{name}": f"train_health/{name}" for name in ("clipped_share", "grad_norm")},
+    **{f"train/{name}": f"train_speed/{name}" for name in ("data_wait", "mfu", "tokens_per_s")},
+}  # TensorBoard sorts plots by name: losses come first
 
 
 def make_loggers(
@@ -39,12 +48,11 @@ def make_loggers(
         return [MetricsFile(metrics)]
     arguments = {**node, "save_dir": str(run.folder)}
     target = arguments.pop("_target_")
-    if resuming and target.endswith(".TensorBoardLogger"):
+    if resuming and target == TENSORBOARD:
         # TensorBoard hides what it has from this step on. It knows whole steps only: what is kept of one is logged again.
         arguments["purge_step"] = start_step + 1 if start_step and not due else start_step
     logger = build("logger", target, arguments)
-    if isinstance(logger, TensorBoardLogger):
-        open_newest(logger)
+    if isinstance(logger, TensorBoard):
         for entry in metrics.kept if due else []:
             if entry["step"] == start_step:
                 values = {name: math.nan if value is None else value for name, value in entry.items() if name != "step"}
@@ -73,6 +81,55 @@ class MetricsFile(Logger):
 
     def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
         """They are in config.yaml."""
+
+
+class TensorBoard(TensorBoardLogger):
+    """Event files in the run folder itself: `tensorboard --logdir outputs` names a run NAME/DATE. The config is shown as
+    text and as hyper-parameters, and losses come first."""
+
+    def __init__(self, save_dir: str, purge_step: int | None = None) -> None:
+        super().__init__(save_dir, name="", version="", default_hp_metric=False, purge_step=purge_step)
+        self._open()
+
+    @rank_zero_only
+    def _open(self) -> None:
+        """Name this process's event file so that it sorts last: TensorBoard reads files in the order of the times in their
+        names, and the clock may have been set back."""
+        from tensorboard.summary.writer import event_file_writer
+
+        times = [path.name.split(".")[3] for path in Path(self.log_dir).glob("events.out.tfevents.*")]
+        latest = max([int(time.time()), *(int(text) + 1 for text in times if text.isdigit())])
+        with mock.patch.object(event_file_writer, "time", SimpleNamespace(time=lambda: latest)):
+            _ = self.experiment
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        super().log_metrics({TAGS.get(name, name): value for name, value in metrics.items()}, step)
+
+    @rank_zero_only
+    def log_hyperparams(self, params: dict[str, Any], *args: Any, **kwargs: Any) -> None:
+        text = yaml.safe_dump(params, sort_keys=False, allow_unicode=True)
+        self.experiment.add_text("settings", "    " + text.replace("\n", "\n    "))  # indented: Markdown for code
+        experiment, start, _end = hparams(hyper_parameters(params), dict.fromkeys(VALIDATED, 0.0))
+        for summary in (experiment, start):
+            self.experiment.file_writer.add_summary(summary)
+
+    @rank_zero_only
+    def save(self) -> None:
+        self.experiment.flush()  # without Lightning's hparams.yaml: there is config.yaml
+
+
+def hyper_parameters(config: dict[str, Any]) -> dict[str, Any]:
+    """What experiments differ in, flat and short enough for a table."""
+    without_effect = ("_target_", "compile", "activation_checkpointing")
+    chosen = {"model": config["model"], "optim": config["optim"], "": {"seed": config["seed"]}}
+    for group, keys in (("data", ("name", "block_size", "batch_size")), ("trainer", ("max_steps", "precision"))):
+        chosen[group] = {key: config[group].get(key) for key in keys}
+    return {
+        f"{group}.{key}".lstrip("."): value if type(value) in (int, float) else str(value)
+        for group, values in chosen.items()
+        for key, value in values.items()
+        if key not in without_effect and value is not None
+    }
 
 
 class CSVTable(Logger):
@@ -112,29 +169,16 @@ class CSVTable(Logger):
 
 
 @rank_zero_only
-def open_newest(logger: TensorBoardLogger) -> None:
-    """Start the event file of this process with a name that sorts last: TensorBoard reads files in the order of the
-    times in their names, and the clock may have been set back."""
-    from tensorboard.summary.writer import event_file_writer
-
-    times = [name.split(".")[3] for name in (path.name for path in Path(logger.log_dir).glob("events.out.tfevents.*"))]
-    later = max([int(time.time()), *(int(text) + 1 for text in times if text.isdigit())])
-    with mock.patch.object(event_file_writer, "time", SimpleNamespace(time=lambda: later)):
-        _ = logger.experiment
-
-
-@rank_zero_only
 def connect(logger: WandbLogger) -> None:
     """Start the run at Weights & Biases, before training does.
 
     Raises:
         UserError: no API key, no network, or a value that it refuses.
     """
-    import wandb
+    from wandb.errors import Error
 
     try:
         _ = logger.experiment
-    except wandb.Error as error:
-        raise UserError(
-            f"logger=wandb: {str(error).splitlines()[0]}; run `wandb login`, or add logger.offline=true"
-        ) from None
+    except Error as error:
+        reason = str(error).partition("\n")[0]
+        raise UserError(f"logger=wandb: {reason}; run `wandb login`, or add logger.offline=true") from None

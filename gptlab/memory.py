@@ -64,9 +64,12 @@ class Estimate:
 
     peak: int
     state: int
+    device_type: str
 
     def __str__(self) -> str:
-        return f"{format_bytes(self.peak)} of tensors ({format_bytes(self.state)} weights, gradients, optimizer state)"
+        process = "; a CPU process may take twice as much" if self.device_type == "cpu" else ""
+        state = f"{format_bytes(self.state)} weights, gradients and optimizer state{process}"
+        return f"{format_bytes(self.peak)} of tensors ({state})"
 
 
 def estimate_step(
@@ -95,7 +98,8 @@ def estimate_step(
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
     try:
         with FakeTensorMode(), LiveBytes() as live, torch.device(device_type):
-            model, *_copies = (build() for _ in range(1 + averaged + distributed))
+            model = build()
+            _copies = [torch.empty_like(p) for p in model.parameters() for _ in range(averaged + distributed)]
             fused = device_type in ("cpu", "cuda") and precision != "fp16"
             optimizer = optim.adamw(model, lr=0.0, betas=(0.9, 0.99), weight_decay=0.0, fused=fused)
             for parameter in model.parameters():
@@ -109,8 +113,8 @@ def estimate_step(
                 loss = _summed_loss(model, ids)
                 with torch.autocast(device_type, enabled=False):
                     loss.backward()
-            return Estimate(live.peak, state)
-    except Exception:  # of a custom model; what is wrong with it shows when it is built in earnest
+            return Estimate(live.peak, state, device_type)
+    except Exception:  # from a custom model; if it is no fault of fake tensors, building it for real shows it
         return None
 
 

@@ -1,8 +1,10 @@
-"""The LightningModule: what one optimizer step and one validation are.
+"""The LightningModule: one optimizer step and one validation.
 
-One Lightning batch is one optimizer step (manual optimisation), so Lightning's step, the schedule, the logs and the
+    batch (b, T + 1) -> micro-batches -> summed loss / tokens of the global batch -> gradients -> clip -> skip or step
+
+One Lightning batch is one optimizer step (manual optimization), so Lightning's step, the schedule, the logs and the
 position in the data are one number. A batch is token ids (b, T + 1), or (ids, mask) with a mask of the same shape that
-is False on tokens which do not count as targets; the shift by one happens here and nowhere else.
+is False on tokens that are no targets; the shift by one happens here and nowhere else.
 """
 
 import contextlib
@@ -19,6 +21,7 @@ from torch.nn import functional as F
 
 from gptlab import optim
 from gptlab.data.windows import Batch, ids_and_mask
+from gptlab.errors import UserError
 from gptlab.memory import LESS_MEMORY, out_of_memory
 from gptlab.metrics import TokenMetrics
 from gptlab.watch import OVERFLOW, Watch
@@ -27,19 +30,14 @@ log = logging.getLogger(__name__)
 
 
 class GPTModule(L.LightningModule):
-    """Trains a model, gptlab's or one of a user's own, on a data set such as `gptlab.data.windows.WindowData`.
-
-    All that is asked of a model: it is a torch module, built with the keyword arguments `vocab_size` and `block_size`
-    (the data's) and the keys of its config (but `_target_`, and `compile`, which has it compiled); it keeps those two
-    as attributes; and it maps ids (B, T) int64, 1 <= T <= block_size, to logits (B, T, V), V >= vocab_size, of the
-    token after each position, from the tokens up to that position alone (`check_model` tries that before training). A `flops_per_token()`, of forward and backward, is used for train/mfu if it is there.
+    """Trains a model, gptlab's or a custom one (`gptlab.contracts.check_model`), on batches as described above.
 
     Args:
         optim_config: the keys of `conf/optim`.
         token_bytes: bytes of text per token (vocab_size,), for bits per byte.
         micro_batch_size: sequences per forward pass; None: the process's whole share at once.
         log_every: optimizer steps between two lines of training metrics.
-        record: what a checkpoint says besides the weights: config, tokenizer, data; plain values.
+        metadata: plain values that go into each checkpoint: config, tokenizer, data.
     """
 
     def __init__(
@@ -51,31 +49,31 @@ class GPTModule(L.LightningModule):
         seed: int,
         micro_batch_size: int | None,
         log_every: int,
-        record: dict[str, Any],
+        metadata: dict[str, Any],
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
         self.model = model
-        self.optim_config, self.seed, self.record = optim_config, seed, record
-        self.asked_micro_batch_size = self.micro_batch_size = micro_batch_size
-        self.val_micro_batch_size: int | None = None  # None: as the batches come
+        self.optim_config, self.seed, self.metadata = optim_config, seed, metadata
+        self.requested_micro_batch_size = self.micro_batch_size = micro_batch_size
+        self.val_micro_batch_size: int | None = None  # None: whole batches
         self.log_every = log_every
-        self.looks_at_logs = False  # alone, for what is not finite: on a GPU, where no step is to wait for the host
+        self.checks_at_log = False  # for non-finite steps: on a GPU, where no step may wait for the host
         self.register_buffer("token_bytes", torch.from_numpy(token_bytes), persistent=False)
-        # Of each step since the last log, on the device: this process's part of the loss (times the number of
-        # processes) and the gradient norm. The mean over the processes is what is logged, and what a checkpoint keeps.
+        # (loss, gradient norm) of each step since the last log, on the device. The loss is this process's part times the
+        # number of processes, so that the mean over processes is the loss of the step.
         self.recent: list[Tensor] = []
         self.watch = Watch(optim_config["grad_clip"], optim_config["skip_nonfinite"])
         self.val_metrics = TokenMetrics()
-        self.measured: dict[str, float] = {}  # what callbacks measure in a validation, to be logged with its loss
-        self.logged: dict[str, float] = {}  # the newest value of every metric
+        self.extra_val_metrics: dict[str, float] = {}  # from callbacks, logged with the validation loss
+        self.logged: dict[str, float] = {}  # newest value of every metric
         self.validated: dict[str, float] = {}  # step and val/... of the newest validation
-        self.best: dict[str, float] = {}  # and of the one with the lowest loss after a training step
+        self.best: dict[str, float] = {}  # the same of the lowest validation loss after step 0
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         c = self.optim_config
         fused = self.device.type in ("cpu", "cuda") and self.trainer.precision != "16-mixed"
-        self.looks_at_logs = self.device.type == "cuda"
+        self.checks_at_log = self.device.type == "cuda"
         return optim.adamw(self.model, lr=c["lr"], betas=tuple(c["betas"]), weight_decay=c["weight_decay"], fused=fused)
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
@@ -84,27 +82,26 @@ class GPTModule(L.LightningModule):
         for group in optimizer.param_groups:
             group["lr"] = lr
 
-        loss = self._within_memory(step, batch)
+        loss = self._accumulate_within_memory(step, batch)
         with torch.autocast(self.device.type, enabled=False):
             optimizer.step()  # clips on the way, in on_before_optimizer_step
         optimizer.zero_grad(set_to_none=True)
         self.recent.append(torch.stack((loss, self.gradient_norm)))
         if step + 1 == self.trainer.max_steps:
-            self.trainer.should_stop = True  # has Lightning validate after the last step, whatever val_every
+            self.trainer.should_stop = True  # makes Lightning validate after the last step, whatever val_every
         log_due = (step + 1) % self.log_every == 0 or self.trainer.should_stop
-        if log_due or not (self.looks_at_logs or self.gradient_norm.isfinite()):
+        if log_due or not (self.checks_at_log or self.gradient_norm.isfinite()):
             rows = self._recent_mean().tolist()  # on a GPU, this waits for it
             self.watch.look(step + 1, rows)
             if log_due:  # here and not in a later hook: callbacks may save a checkpoint there
                 self.recent = []
                 self.log_metrics({"train/lr": lr, **self.watch.interval(rows)})
 
-    def _within_memory(self, step: int, batch: Batch) -> Tensor:
-        """The loss of the step, after `accumulate_gradients`. Where the memory does not suffice, the step begins anew
-        with micro-batches of half the size, and they stay that size.
+    def _accumulate_within_memory(self, step: int, batch: Batch) -> Tensor:
+        """`accumulate_gradients`, restarted with half the micro-batch size, for good, when out of memory.
 
         Raises:
-            ValueError: there are several processes, which would have to agree, or nothing is left to be halved.
+            UserError: there are several processes, which would have to agree, or one sequence does not fit.
         """
         while True:
             self._seed_dropout(step)
@@ -113,7 +110,7 @@ class GPTModule(L.LightningModule):
             except RuntimeError as error:
                 if not out_of_memory(error):
                     raise
-            # only now: the exception held the memory of the frames that it went through
+            # Not in the except block, where the exception still holds the tensors of the frames it came through.
             self.optimizers().zero_grad(set_to_none=True)
             sequences = len(batch[0] if isinstance(batch, (tuple, list)) else batch)
             self.micro_batch_size = self._halved(min(self.micro_batch_size or sequences, sequences), "training")
@@ -121,19 +118,19 @@ class GPTModule(L.LightningModule):
     def _halved(self, size: int, what: str) -> int:
         half = (size + 1) // 2
         if size == 1:
-            raise ValueError(f"out of memory in {what} with a micro-batch of one sequence: {LESS_MEMORY}")
+            raise UserError(f"out of memory in {what} with a micro-batch of one sequence: {LESS_MEMORY}")
         if self.trainer.world_size > 1:
-            raise ValueError(
+            raise UserError(
                 f"out of memory in {what} with {size} sequences at a time: add data.micro_batch_size={half}"
             )
         if self.device.type != "cpu":
             torch.accelerator.empty_cache()
-        log.warning("out of memory in %s with %d sequences at a time: from here on %d at a time", what, size, half)
+        log.warning("out of memory in %s with %d sequences at a time: continuing with %d", what, size, half)
         return half
 
     def _seed_dropout(self, step: int) -> None:
-        """Dropout depends on nothing but run, step and process. (torch.manual_seed would record a stack trace for
-        each kind of device that is not in use yet, at every step: 0.4 ms, and never freed.)"""
+        """Make dropout depend on seed, step and process alone. (torch.manual_seed would record a stack trace for each
+        kind of device not in use yet, at every step: 0.4 ms, and never freed.)"""
         words = np.random.SeedSequence([self.seed, step, self.global_rank]).generate_state(1, np.uint64)
         seed = int(words[0] >> np.uint64(1))
         torch.default_generator.manual_seed(seed)
@@ -145,10 +142,12 @@ class GPTModule(L.LightningModule):
         return optim.learning_rate(step, **{key: self.optim_config[key] for key in keys})
 
     def accumulate_gradients(self, batch: Batch) -> Tensor:
-        """Add the gradients of the mean loss over the *global* batch's counted tokens to the parameters, one
-        micro-batch at a time. The mean of what is returned over the processes is that loss, in nats per token.
+        """Add the gradients of the mean loss over the *global* batch's counted tokens, one micro-batch at a time.
 
-        A loss that is not finite makes all gradients so, in every process: then one look at their norm tells.
+        A non-finite loss makes all gradients non-finite, in every process: their norm alone tells.
+
+        Returns:
+            This process's part; its mean over the processes is the loss in nats per token.
         """
         ids, mask = ids_and_mask(batch)
         weight = self.trainer.world_size / self._counted_tokens(ids, mask)  # DDP averages over the processes
@@ -166,36 +165,36 @@ class GPTModule(L.LightningModule):
         return total
 
     def _counted_tokens(self, ids: Tensor, mask: Tensor | None) -> int | Tensor:
-        """How many tokens of the global batch count as targets (at least 1)."""
+        """Targets in the global batch, at least 1."""
         tokens = ids[:, 1:].numel() if mask is None else mask[:, 1:].sum()
         if self.trainer.world_size > 1:
             tokens = self.trainer.strategy.reduce(torch.as_tensor(tokens, device=self.device), reduce_op="sum")
         return tokens.clamp(min=1) if isinstance(tokens, Tensor) else tokens
 
     def _sync_gradients(self, last: bool) -> contextlib.AbstractContextManager:
-        """Under DDP, leave the all-reduce of gradients to the last micro-batch."""
+        """Under DDP, all-reduce gradients with the last micro-batch only."""
         block = getattr(self.trainer.strategy, "block_backward_sync", None)
         return contextlib.nullcontext() if last or block is None else block()
 
     def nats(self, ids: Tensor, mask: Tensor | None) -> Tensor:
-        """The summed loss, in nats, of predicting each counted token of ids (b, T + 1) from those before it."""
+        """Summed loss, in nats, of predicting each counted token of ids (b, T + 1) from those before it."""
         logits, targets = self.model(ids[:, :-1]), ids[:, 1:]
         if mask is not None:
             targets = targets.masked_fill(~mask[:, 1:], -100)
         return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-100, reduction="sum")
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        # Here, not in training_step: only now are fp16 gradients unscaled.
+        # Not in training_step, where fp16 gradients are still scaled.
         limit = self.optim_config["grad_clip"]
         if limit:
             self.gradient_norm = nn.utils.clip_grad_norm_(self.model.parameters(), limit)
         else:
             gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
             self.gradient_norm = nn.utils.get_total_norm(gradients)
-        if self.trainer.precision == "16-mixed":  # a scaler skips such steps itself
+        if self.trainer.precision == "16-mixed":  # the gradient scaler skips such steps itself
             self.gradient_norm = self.gradient_norm.nan_to_num(OVERFLOW, OVERFLOW, OVERFLOW)
         else:
-            optim.skip_unless_finite(optimizer, self.gradient_norm, wait=not self.looks_at_logs)
+            optim.skip_unless_finite(optimizer, self.gradient_norm, wait=not self.checks_at_log)
 
     def _recent_mean(self) -> Tensor:
         """(loss, gradient norm) of each step since the last log, (steps, 2)."""
@@ -221,7 +220,7 @@ class GPTModule(L.LightningModule):
             self.val_micro_batch_size = self._halved(min(size, len(ids)), "validation")
 
     def on_validation_epoch_end(self) -> None:
-        metrics = {f"val/{name}": value for name, value in self.val_metrics.compute().items()} | self.measured
+        metrics = {f"val/{name}": value for name, value in self.val_metrics.compute().items()} | self.extra_val_metrics
         self.val_metrics.reset()
         self.validated = {"step": self.trainer.global_step, **metrics}
         best = self.best.get("val/loss", math.nan)
@@ -230,8 +229,8 @@ class GPTModule(L.LightningModule):
         self.log_metrics(metrics)
 
     def log_metrics(self, metrics: dict[str, float]) -> None:
-        """To every logger under the number of finished steps (Lightning's own x-axis lags by one at validations), and
-        to Lightning for callbacks that monitor a metric."""
+        """Log to every logger, at the number of finished steps (Lightning's own x-axis lags by one at validations), and
+        offer the metrics to callbacks that monitor one."""
         self.logged.update(metrics)
         self.trainer.callback_metrics.update({name: torch.tensor(value) for name, value in metrics.items()})
         for logger in self.loggers:
@@ -239,13 +238,13 @@ class GPTModule(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint.update(
-            self.record,
+            self.metadata,
             recent=self._recent_mean().cpu(),
             watch=self.watch.state(),
             best=self.best,
             validated=self.validated,
             micro_batch_size={
-                "asked": self.asked_micro_batch_size,
+                "asked": self.requested_micro_batch_size,
                 "training": self.micro_batch_size,
                 "validation": self.val_micro_batch_size,
             },
@@ -256,5 +255,5 @@ class GPTModule(L.LightningModule):
         self.watch.load(checkpoint["watch"])
         self.best, self.validated = checkpoint["best"], checkpoint["validated"]
         sizes = checkpoint["micro_batch_size"]
-        if sizes["asked"] == self.asked_micro_batch_size:  # else the user asks for another now
+        if sizes["asked"] == self.requested_micro_batch_size:  # else the user asks for another now
             self.micro_batch_size, self.val_micro_batch_size = sizes["training"], sizes["validation"]

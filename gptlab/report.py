@@ -20,8 +20,6 @@ def announce(
     """Say what is about to run; `notes` are texts about the machine, `resumed_at` is a step or None for a new run."""
     from gptlab.callbacks.checkpointing import Checkpointing
 
-    if data.warning:
-        log.warning("\n*** WARNING: %s ***\n", data.warning)
     parameters = sum(p.numel() for p in module.model.parameters())
     for note in notes:
         log.info(note)
@@ -32,6 +30,9 @@ def announce(
         log.info(textwrap.fill(f"memory: {memory}", 80, subsequent_indent="  "))
     tokens = f"{data.batch_size * data.block_size:,}"
     log.info("tokens per optimizer step: %s (%d sequences x %d tokens)", tokens, data.batch_size, data.block_size)
+    o = module.optim_config
+    end = f", cosine to {o['min_lr']:g} at step {o['decay_steps']}" if o["schedule"] == "cosine" else ""
+    log.info("learning rate: %g after %d warm-up steps%s", o["lr"], o["warmup_steps"], end)
     log.info("run folder: %s", run)
     if not any(isinstance(callback, Checkpointing) for callback in trainer.callbacks):
         log.warning(
@@ -90,11 +91,19 @@ def _ending(trainer: Any) -> tuple[str, str | None]:
 
 
 def conclude(
-    run: Run, data: Any, summary: dict[str, Any], start_step: int, *, sample_arguments: str = "", trust: bool = False
+    run: Run,
+    data: Any,
+    summary: dict[str, Any],
+    start_step: int,
+    *,
+    notes: list[str],
+    sample_arguments: str = "",
+    trust: bool = False,
 ) -> None:
     """Say how the run ended and what to do next.
 
     Args:
+        notes: of the start; warnings among them are repeated.
         sample_arguments: for the command that samples from the run, such as "prompt='85+50='".
         trust: whether resuming the run takes trust=true.
     """
@@ -108,14 +117,15 @@ def conclude(
         log.info("  %.4f nats per token, %.4f bits per byte", best["val/loss"], best["val/bits_per_byte"])
     if "val/accuracy" in summary["last"]:
         log.info("exact answers at the last step: %.2f %%", 100 * summary["last"]["val/accuracy"])
-    if data.warning:
-        log.warning("\n*** WARNING: %s ***", data.warning)
+    for note in notes:
+        if "WARNING" in note:
+            log.warning(note)
     log.info("run folder: %s", run)
     commands = []
     if summary["checkpoint"]:
         longer = train_longer(run, summary, trust)
         commands += [f"python -m gptlab.sample ckpt={run} {sample_arguments}".rstrip(), *([longer] if longer else [])]
-    if (run.folder / "tensorboard").is_dir():
+    if any(run.folder.glob("events.out.tfevents.*")):
         commands += [f"tensorboard --logdir {run}"]
     if commands:
         log.info("\nnext:\n  %s", "\n  ".join(commands))

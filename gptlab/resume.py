@@ -44,7 +44,8 @@ def find_state(run: Run) -> tuple[Path | None, dict[str, Any]]:
     are renamed.
 
     Raises:
-        UserError: no checkpoint can be read, or all were lost: restarting would overwrite what the run logged.
+        UserError: no checkpoint can be read, it is of an older gptlab, or all were lost: restarting would overwrite what
+            the run logged.
     """
     from gptlab import checkpoint
 
@@ -57,10 +58,12 @@ def find_state(run: Run) -> tuple[Path | None, dict[str, Any]]:
             continue
         if is_first_process():
             _rename_damaged(damaged)
+        if not content.keys() >= set(STATE):
+            raise UserError(f"{path} is of an older gptlab: it can be sampled from, but not resumed")
         if path.name != "last.ckpt":
             why = "\n".join(damaged.values()) or "last.ckpt is missing"
             log.warning("%s: resuming from %s, of step %d", why, path.name, content["global_step"])
-        return path, {key: content[key] for key in STATE if key in content}
+        return path, {key: content[key] for key in STATE}
     if damaged:
         raise UserError("\n".join([*damaged.values(), "no checkpoint left to resume from; start a new run"]))
     if (run.folder / SAVED).exists():
@@ -96,10 +99,8 @@ def check_same_run(
         config: plain values; data: name and checksums of what is on disk now; tokenizer: its state.
 
     Raises:
-        UserError: the checkpoint is of another run, of other data, or of an older gptlab.
+        UserError: the checkpoint is of another run or of other data.
     """
-    if "watch" not in state:
-        raise UserError(f"{ckpt} is of an older gptlab: it can be sampled from, but not resumed")
     was, now = dict(leaf_values(state["config"])), dict(leaf_values(config))
     for key in {**was, **now}:
         free = key in RESUME_MAY_CHANGE or key in FOLLOWS or not key.startswith(OF_A_STEP)
@@ -109,7 +110,9 @@ def check_same_run(
             )
     if state["data"] != data:
         before, after = (json.dumps({k: str(v)[:20] for k, v in record.items()}) for record in (state["data"], data))
-        raise UserError(f"the data changed since: the run trained on {before}, now there is {after}; restore the old data, or start a new run")  # fmt: skip
+        raise UserError(
+            f"the run trained on {before}, and the data is {after} now; restore the old data, or start a new run"
+        )
     if state["tokenizer"] != tokenizer:
         raise UserError(f"the tokenizer of data={data['name']} changed since the run began; start a new run")
 
@@ -127,4 +130,4 @@ def finished_summary(run: Run, state: dict[str, Any], max_steps: int, max_time: 
         return None
     limits, before = {"max_steps": max_steps, "max_time": max_time}, state["config"]["trainer"]
     ended = summary["ended"]
-    return summary if ended not in limits or limits[ended] == before[ended] else None
+    return None if ended in limits and limits[ended] != before[ended] else summary

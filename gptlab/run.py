@@ -8,6 +8,7 @@ outputs/NAME/DATE/
   summary.json     written last: a run that has one is finished
 """
 
+import contextlib
 import errno
 import fcntl
 import hashlib
@@ -28,7 +29,7 @@ from gptlab.errors import MissingFileError, UserError
 LOCK = ".lock"
 SAVED = ".saved"  # a mark: there has been a checkpoint
 OURS = ("config.yaml", "run.json", "metrics.jsonl", "checkpoints", "summary.json")
-WRITTEN_INTO = ("checkpoints", "tensorboard", "train.log")  # the others are replaced as a whole
+WRITTEN_INTO = ("checkpoints", "train.log")  # the others are replaced as a whole
 
 log = logging.getLogger(__name__)
 _locks: dict[Path, IO[str]] = {}  # open until the process ends
@@ -75,6 +76,7 @@ class Run:
 
     def __init__(self, folder: Path | str) -> None:
         self.folder = Path(folder)
+        self._is_new = False
 
     def __str__(self) -> str:
         return shell_path(self.folder)
@@ -118,6 +120,7 @@ class Run:
         try:
             if not resuming:
                 self._check_unused()  # before the lock, so that nothing is left in somebody's folder
+                self._is_new = not self.folder.exists()
             self._lock()
             if not resuming:
                 self._check_unused()
@@ -161,13 +164,23 @@ class Run:
         """Undo `claim` before the process ends."""
         _locks.pop(self.folder.resolve()).close()
 
+    def discard(self) -> None:
+        """Remove the folder if `claim` made it and nothing was recorded: the run was refused or stopped before it began."""
+        if not self._is_new or (self.folder / "config.yaml").exists():
+            return
+        for name in (LOCK, ".hydra/config.yaml", ".hydra/hydra.yaml", ".hydra/overrides.yaml", "train.log"):
+            (self.folder / name).unlink(missing_ok=True)
+        for folder in (self.folder / ".hydra", self.folder, self.folder.parent):
+            with contextlib.suppress(OSError):  # not empty
+                folder.rmdir()
+
     def checkpoints(self) -> list[Path]:
         """The checkpoints that a resume can start from, in the order in which it tries them."""
         paths = (self.folder / f"checkpoints/{name}.ckpt" for name in ("last", "previous", "best"))
         return [path for path in paths if path.is_file()]
 
     def read_config(self) -> dict[str, Any]:
-        """config.yaml as plain values. Anyone may have written it.
+        """config.yaml as plain values. Anyone may have written it, so that `trust` is not taken from it.
 
         Raises:
             UserError: it is damaged.
@@ -183,6 +196,7 @@ class Run:
             config = None
         if not isinstance(config, dict):
             raise UserError(f"{path} is damaged; restore it (a checkpoint holds the same under 'config')")
+        config.pop("trust", None)
         return config
 
     def write_record(

@@ -1,5 +1,6 @@
 """python -m gptlab.sample: text from a checkpoint. Reads nothing but the checkpoint."""
 
+import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 from gptlab import cli, config
 from gptlab.errors import MissingFileError, UserError
 from gptlab.run import find_checkpoint
+from gptlab.terminal import printable
 
 
 def sample(cfg: config.Sample) -> None:
@@ -32,7 +34,7 @@ def sample(cfg: config.Sample) -> None:
     except ValueError as error:
         raise UserError(f"{'prompt_file' if cfg.prompt_file else 'prompt'}: {error}") from None
     idx = torch.from_numpy(ids.astype("int64")).to(device)[None]
-    printable = str
+    show = printable if sys.stdout.isatty() else str
     for i in range(cfg.num_samples):
         generator = torch.Generator(device).manual_seed(cfg.seed + i)
         length = notation.n_answer if question else cfg.max_new_tokens
@@ -43,9 +45,9 @@ def sample(cfg: config.Sample) -> None:
             answer = tokenizer.decode([int(next_id) for next_id in new])
             print(notation.format_question(question) + notation.format_answer(answer))
             continue
-        print(printable(prompt), end="")
+        print(show(prompt), end="")
         for piece in decode_stream(tokenizer, ids.tolist(), (int(next_id) for next_id in new)):
-            print(printable(piece), end="", flush=True)
+            print(show(piece), end="", flush=True)
         print()
 
 

@@ -57,7 +57,7 @@ def train(cfg: config.Train) -> float | None:
     if trainer.is_global_zero:
         run.write_summary(summary)
         arguments = sample_arguments(cfg, tokenizer)
-        report.conclude(run, data, summary, start_step, sample_arguments=arguments, trust=custom)
+        report.conclude(run, data, summary, start_step, notes=cli.notes, sample_arguments=arguments, trust=custom)
     return summary["best"].get("val/loss")
 
 
@@ -112,6 +112,7 @@ def quiet_lightning() -> None:
 
 def make_data(cfg: config.Train) -> Any:
     """The prepared data module; what its preparation decided goes into the config."""
+    from gptlab.checkpoint import build_tokenizer
     from gptlab.contracts import check_data, check_tokenizer
     from gptlab.targets import instantiate
     from gptlab.tokenizer import BPETokenizer, CharTokenizer
@@ -121,7 +122,7 @@ def make_data(cfg: config.Train) -> Any:
     data.setup("fit")
     check_data(data)
     if not isinstance(data.tokenizer, CharTokenizer | BPETokenizer):
-        check_tokenizer(data.tokenizer)
+        check_tokenizer(data.tokenizer, build_tokenizer)
     cfg.data.update(data.resolved)
     return data
 
@@ -153,7 +154,8 @@ def check_memory(cfg: config.Train, data: Any) -> str | None:
         distributed=processes > 1,
     )
     micro_batch_size = min(data.micro_batch_size or sequences, sequences)
-    return memory.check_fits(lambda size: estimate(micro_batch_size=size), micro_batch_size, memory.capacity(device))
+    available = memory.capacity(device) // (t.devices if device.type == "cpu" else 1)
+    return memory.check_fits(lambda size: estimate(micro_batch_size=size), micro_batch_size, available)
 
 
 def make_module(cfg: config.Train, data: Any, resolved: dict[str, Any]) -> Any:
@@ -177,7 +179,7 @@ def make_module(cfg: config.Train, data: Any, resolved: dict[str, Any]) -> Any:
         seed=cfg.seed,
         micro_batch_size=data.micro_batch_size,
         log_every=cfg.trainer.log_every,
-        record={"config": portable_config(resolved), "tokenizer": data.tokenizer.state(), "data": data.record},
+        metadata={"config": portable_config(resolved), "tokenizer": data.tokenizer.state(), "data": data.record},
     )
 
 
@@ -235,7 +237,8 @@ def fit(trainer: Any, module: Any, data: Any, ckpt: Path | None, run: Run, trust
 
     from gptlab.callbacks.interrupts import Interrupted, Interrupts
 
-    describe(trainer, module.record["config"])
+    for logger in trainer.loggers:
+        logger.log_hyperparams(module.metadata["config"])
     gc.freeze()
     gc.enable()
     interrupts = next(callback for callback in trainer.callbacks if isinstance(callback, Interrupts))
@@ -244,37 +247,6 @@ def fit(trainer: Any, module: Any, data: Any, ckpt: Path | None, run: Run, trust
             trainer.fit(module, data, ckpt_path=ckpt, weights_only=True)
     except (Exception, SystemExit, Interrupted) as error:
         sys.exit(report.ended_early(error, trainer, run, trust=trust))
-
-
-def describe(trainer: Any, resolved: dict[str, Any]) -> None:
-    """Tell the loggers the config; TensorBoard gets it as text, and its numbers as hyper-parameters."""
-    import yaml
-    from lightning.pytorch.loggers import TensorBoardLogger
-
-    for logger in trainer.loggers:
-        logger.log_hyperparams(resolved)
-        if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
-            from torch.utils.tensorboard.summary import hparams
-
-            text = yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True)
-            logger.experiment.add_text("config", "    " + text.replace("\n", "\n    "))  # indented: Markdown for code
-            experiment, start, _end = hparams(hyper_parameters(resolved), dict.fromkeys(config.VALIDATED, 0.0))
-            for summary in (experiment, start):
-                logger.experiment.file_writer.add_summary(summary)
-
-
-def hyper_parameters(resolved: dict[str, Any]) -> dict[str, Any]:
-    """What experiments differ in, flat and short enough for a table."""
-    without_effect = ("_target_", "compile", "activation_checkpointing")
-    chosen = {"model": resolved["model"], "optim": resolved["optim"], "": {"seed": resolved["seed"]}}
-    for group, keys in (("data", ("name", "block_size", "batch_size")), ("trainer", ("max_steps", "precision"))):
-        chosen[group] = {key: resolved[group].get(key) for key in keys}
-    return {
-        f"{group}.{key}".lstrip("."): value if type(value) in (int, float) else str(value)
-        for group, values in chosen.items()
-        for key, value in values.items()
-        if key not in without_effect and value is not None
-    }
 
 
 def sample_arguments(cfg: config.Train, tokenizer: dict[str, Any]) -> str:

@@ -1,10 +1,11 @@
-"""SIGKILL a training run 25 times, resume it each time, and compare its end bit for bit with that of the same run left
-in peace: python scripts/kill_storm.py [SETTING=VALUE ...]
+"""SIGKILL a training run 25 times, resume it each time, and compare its end bitwise with an uninterrupted run.
 
-Both runs have dropout, uneven micro-batches, averaged weights, validations and early stopping on. A callback of theirs
-tells over a pipe where the run is, which is how a kill is known to have hit the inside of a validation or of the
-writing of a checkpoint; one that missed is not counted and drawn again. Further kills hit resumes before their first
-step. After every kill all files of the run must be whole, and each resume must start later than the one before.
+    python scripts/kill_storm.py [KEY=VALUE ...]
+
+Both runs have dropout, uneven micro-batches, averaged weights, validations and early stopping. A callback reports over
+a pipe where the run is, so that a kill is known to have hit the inside of a validation or of a checkpoint write; one
+that missed does not count and is repeated. Four more kills hit resumes before their first step. After every kill all
+files of the run must be intact, and every resume must start later than the one before.
 """
 
 import argparse
@@ -30,66 +31,70 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from gptlab import checkpoint
-from gptlab.run import Run
 
 VAL_EVERY, SAVE_EVERY = 60, 16
-SETTINGS = [
+OVERRIDES = [
     "hydra.run.dir=run", "hardware=cpu", "trainer.precision=32", "model=gpt-nano", "model.dropout=0.2",
     "data.micro_batch_size=5", "callbacks=[early_stopping,ema]", "callbacks.early_stopping.patience=20",
-    "callbacks.early_stopping.min_delta=0.02", "callbacks.sample_text.max_new_tokens=20",
-    "+callbacks.storm._target_=kill_storm.Hook", f"trainer.val_every={VAL_EVERY}",
+    "callbacks.early_stopping.min_delta=0.02", f"trainer.val_every={VAL_EVERY}",
     f"trainer.checkpoint_every={SAVE_EVERY}", "trainer.log_every=7",
 ]  # fmt: skip
 TOKENS_PER_STEP = 12 * 64  # of the default data
-PARTS = {  # of a process's life: what is told when one begins and when it is over
+PHASES = {  # of a process's life: the events between which it lies
     "training": ("step", "step"),
-    "validation": ("validation begins", "validation is over"),
-    "checkpoint write": ("write begins", "write is over"),
+    "validation": ("validation begins", "validation ends"),
+    "checkpoint write": ("write begins", "write ends"),
     "start-up": ("launch", "start"),
 }
 PIPE = "KILL_STORM_PIPE"
-HANGS = 600  # seconds after which a process of the storm must have been killed
-SPEED = ("train/tokens_per_s", "train/data_wait", "tokens_per_s", "seconds")  # what no two runs have in common
+# Lightning's entry point for callbacks: the reporter is in every process, but not in the config of the run.
+ENTRY_POINT = "[lightning.pytorch.callbacks_factory]\nkill_storm = kill_storm:Reporter\n"
+TIMEOUT = 600  # seconds within which the killed run must get to the place of the next kill
+SPEED = ("train/tokens_per_s", "train/data_wait", "tokens_per_s", "seconds")  # differs between any two runs
+Event = tuple[str, int, float]  # what, finished steps, time in seconds
 
 
-class Hook(L.Callback):
-    """Tells the killer where the run is, a line for each event: what, and how many steps are done. Idle without one."""
+class Reporter(L.Callback):
+    """Writes a line `what,finished steps` into the pipe for each event; does nothing without a pipe."""
 
     def __init__(self) -> None:
         self.pipe = int(os.environ.get(PIPE, -1))
 
-    def tell(self, what: str, trainer: L.Trainer) -> None:
+    def report(self, what: str, trainer: L.Trainer) -> None:
         if self.pipe >= 0 and not trainer.sanity_checking:
             os.write(self.pipe, f"{what},{trainer.global_step}\n".encode())
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         save = trainer.strategy.checkpoint_io.save_checkpoint
 
-        def told_save(*arguments: Any, **options: Any) -> None:
-            self.tell("write begins", trainer)
+        def save_and_report(*arguments: Any, **options: Any) -> None:
+            self.report("write begins", trainer)
             save(*arguments, **options)
-            self.tell("write is over", trainer)
+            self.report("write ends", trainer)
 
-        trainer.strategy.checkpoint_io.save_checkpoint = told_save
+        trainer.strategy.checkpoint_io.save_checkpoint = save_and_report
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.tell("start", trainer)
+        self.report("start", trainer)
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
-        self.tell("step", trainer)
+        self.report("step", trainer)
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.tell("validation begins", trainer)
+        self.report("validation begins", trainer)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.tell("validation is over", trainer)
+        self.report("validation ends", trainer)
 
 
-def start(folder: Path, settings: list[str], pipe: int | None = None) -> subprocess.Popen:
-    """Train in `folder`, or go on with the run that is there, in a process group of its own (with data.workers)."""
-    arguments = ["resume=run"] if (folder / "run/config.yaml").exists() else settings
-    paths = os.pathsep.join(filter(None, (str(Path(__file__).parent), os.environ.get("PYTHONPATH"))))
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
+def start(folder: Path, overrides: list[str], pipe: int | None = None) -> subprocess.Popen:
+    """Start or resume the run in `folder`, in a process group of its own (with data.workers)."""
+    arguments = ["resume=run"] if (folder / "run/config.yaml").exists() else overrides
+    entry_point = folder.parent / "kill_storm-0.dist-info/entry_points.txt"
+    entry_point.parent.mkdir(exist_ok=True)
+    entry_point.write_text(ENTRY_POINT)
+    paths = [str(Path(__file__).parent), str(folder.parent), os.environ.get("PYTHONPATH", "")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, paths))}
     if pipe is not None:
         environment[PIPE] = str(pipe)
     with open(folder / "output.txt", "a") as output:
@@ -100,9 +105,9 @@ def start(folder: Path, settings: list[str], pipe: int | None = None) -> subproc
         )  # fmt: skip
 
 
-def to_the_end(folder: Path, settings: list[str]) -> Path:
-    """Train in peace; the run's folder."""
-    if start(folder, settings).wait() != 0:
+def finish(folder: Path, overrides: list[str]) -> Path:
+    """Start or resume the run and let it finish; returns the run folder."""
+    if start(folder, overrides).wait() != 0:
         sys.exit(f"the run failed:\n{(folder / 'output.txt').read_text()[-3000:]}")
     return folder / "run"
 
@@ -110,145 +115,152 @@ def to_the_end(folder: Path, settings: list[str]) -> Path:
 class Storm:
     """Kills the run in `folder` again and again."""
 
-    def __init__(self, folder: Path, settings: list[str], rng: random.Random) -> None:
-        self.folder, self.settings, self.rng = folder, settings, rng
+    def __init__(self, folder: Path, overrides: list[str], rng: random.Random) -> None:
+        self.folder, self.overrides, self.rng = folder, overrides, rng
         self.step = self.saved = -1  # at the last kill
-        self.seconds: dict[str, list[float]] = {part: [] for part in PARTS}  # that each took so far
+        self.seconds: dict[str, list[float]] = {phase: [] for phase in PHASES}  # durations so far
 
-    def strike(self, part: str, step: int) -> bool:
-        """Kill the run in the first such part after that step; says whether it was hit. The step is put off if the run
-        would not have saved anew by then; a start-up has none.
+    def kill_in(self, phase: str, step: int) -> bool:
+        """Resume the run and kill it in the first such phase after `step` (later if the run would not have saved again
+        by then; ignored for a start-up); returns whether the kill hit that phase.
 
         Raises:
-            SystemExit: a file is broken, or the run got no further than at the last kill.
+            SystemExit: a file is broken, or the run made no progress since the last kill.
         """
-        came_from, begins = max(self.saved, 0), PARTS[part][0]
-        told = self._killed(part, came_from, 0 if part == "start-up" else max(step, self.step + 2 * SAVE_EVERY))
-        (what, at, _), saved = told[-1], whole_files(self.folder / "run")
-        hit = part == "training" or what == begins
-        print(f"{part}: step {at} ({what}), resumes from {saved}{'' if hit else ': missed'}", flush=True)
-        if told[1:] and told[1][:2] != ("start", came_from):
-            sys.exit(f"it went on from {told[1][:2]}, not from {came_from}")
-        if part != "start-up" and (at <= self.step or saved <= self.saved):
-            sys.exit(f"no further than the kill before, at {self.step}, after which {self.saved} was gone on from")
-        self.step, self.saved = max(at, self.step), saved
+        resumed_from, first_event = max(self.saved, 0), PHASES[phase][0]
+        step = 0 if phase == "start-up" else max(step, self.step + 2 * SAVE_EVERY)
+        events = self.run_and_kill(phase, resumed_from, step)
+        (what, killed_at, _), saved = events[-1], check_files(self.folder / "run")
+        hit = phase == "training" or what == first_event
+        print(f"{phase}: step {killed_at} ({what}), resumes from {saved}{'' if hit else ': missed'}", flush=True)
+        if events[1:] and events[1][:2] != ("start", resumed_from):
+            sys.exit(f"resumed from {events[1][:2]}, not from {resumed_from}")
+        if phase != "start-up" and (killed_at <= self.step or saved <= self.saved):
+            sys.exit(f"no progress since the kill at step {self.step}, checkpoint {self.saved}")
+        self.step, self.saved = max(killed_at, self.step), saved
         return hit
 
-    def _killed(self, part: str, came_from: int, step: int) -> list[tuple[str, int, float]]:
-        """Go on with the run and kill it; what was told in that time: what, how many steps were done, and when."""
-        (reading, writing), begins = os.pipe(), PARTS[part][0]
-        told = [("launch", came_from, time.perf_counter())]
-        process = start(self.folder, self.settings, writing)
+    def run_and_kill(self, phase: str, resumed_from: int, step: int) -> list[Event]:
+        """All events of the process, which is killed at a random moment of the phase."""
+        (reading, writing), first_event = os.pipe(), PHASES[phase][0]
+        events = [("launch", resumed_from, time.perf_counter())]
+        process = start(self.folder, self.overrides, writing)
         os.close(writing)
-        watchdog = threading.Timer(HANGS, os.killpg, (process.pid, signal.SIGKILL))
+        watchdog = threading.Timer(TIMEOUT, os.killpg, (process.pid, signal.SIGKILL))
         watchdog.daemon = True
         watchdog.start()
         with os.fdopen(reading) as pipe:
-            events = ((what, int(at), time.perf_counter()) for what, at in (line.split(",") for line in pipe))
-            while (told[-1][0] != begins or told[-1][1] < step) and (event := next(events, None)):
-                told.append(event)
-            for (what, _, began), (next_what, _, ended) in itertools.pairwise(told):
-                for name, bounds in PARTS.items():
-                    self.seconds[name] += [ended - began] if (what, next_what) == bounds else []
-            reached = told[-1][0] == begins
-            time.sleep(self.rng.random() * statistics.median(self.seconds[part] or [0.0]))
+            stream = ((what, int(at), time.perf_counter()) for what, at in (line.split(",") for line in pipe))
+            while (events[-1][0] != first_event or events[-1][1] < step) and (event := next(stream, None)):
+                events.append(event)
+            reached = events[-1][0] == first_event
+            self.record_durations(events)
+            time.sleep(self.rng.random() * statistics.median(self.seconds[phase] or [0.0]))
             os.killpg(process.pid, signal.SIGKILL)
-            told += events
+            events += stream
         watchdog.cancel()
         if process.wait() != -signal.SIGKILL or not reached:
             output = (self.folder / "output.txt").read_text()[-3000:]
             sys.exit(f"the run hung, or ended by itself with status {process.returncode}; its output:\n{output}")
-        return told
+        return events
+
+    def record_durations(self, events: list[Event]) -> None:
+        for (what, _, began), (next_what, _, ended) in itertools.pairwise(events):
+            for phase, bounds in PHASES.items():
+                if (what, next_what) == bounds:
+                    self.seconds[phase].append(ended - began)
 
 
-def whole_files(run: Path) -> int:
-    """The step from which a resume will go on.
+def check_files(run: Path) -> int:
+    """The step from which the run will resume.
 
     Raises:
         SystemExit: a file of the run is broken.
     """
     try:
-        saved = {path: checkpoint.read(path)["global_step"] for path in run.glob("checkpoints/*.ckpt")}
+        saved = {path.stem: checkpoint.read(path)["global_step"] for path in run.glob("checkpoints/*.ckpt")}
         lines = (run / "metrics.jsonl").read_text("utf-8").splitlines(keepends=True)
         for text in [(run / "run.json").read_text("utf-8"), *(line for line in lines if line.endswith("\n"))]:
             json.loads(text)
     except ValueError as error:
         sys.exit(f"a broken file: {error}")
-    return saved.get(next(iter(Run(run).checkpoints()), None), 0)
+    return next((saved[name] for name in ("last", "previous", "best") if name in saved), 0)
 
 
-def draw(rng: random.Random, kills: list[int], start_ups: int, steps: int) -> list[tuple[str, int]]:
-    """(part, step): so many kills of each part in a random order, each at a step of its own stretch of the run, and
-    those of start-ups in between."""
-    parts = [part for part, count in zip(PARTS, kills, strict=False) for _ in range(count)]
-    if steps < (least := 2 * VAL_EVERY + 3 * SAVE_EVERY * len(parts)):
-        sys.exit(f"{steps} steps are too few for {len(parts)} kills: at least {least}")
-    rng.shuffle(parts)
-    bounds = [1 + i * (steps - 2 * VAL_EVERY) // len(parts) for i in range(len(parts) + 1)]
-    plan = [(part, rng.randrange(*stretch)) for part, stretch in zip(parts, itertools.pairwise(bounds), strict=True)]
+def plan_kills(rng: random.Random, kills: list[int], start_ups: int, steps: int) -> list[tuple[str, int]]:
+    """(phase, step): so many kills per phase in random order, each in its own stretch of the run, and those of
+    start-ups in between."""
+    phases = [phase for phase, count in zip(PHASES, kills, strict=False) for _ in range(count)]
+    if steps < (least := 2 * VAL_EVERY + 3 * SAVE_EVERY * len(phases)):
+        sys.exit(f"{steps} steps are too few for {len(phases)} kills; needs >= {least}")
+    rng.shuffle(phases)
+    bounds = [1 + i * (steps - 2 * VAL_EVERY) // len(phases) for i in range(len(phases) + 1)]
+    plan = [(phase, rng.randrange(*stretch)) for phase, stretch in zip(phases, itertools.pairwise(bounds), strict=True)]
     for _ in range(start_ups):
         plan.insert(rng.randint(1, len(plan)), ("start-up", 0))
     return plan
 
 
-def end_of(run: Path) -> dict[str, Any]:
-    """All that a run leaves, but for how fast it was."""
-    end: dict[str, Any] = {path.name: checkpoint.read(path) for path in run.glob("checkpoints/*.ckpt")}
-    for saved in end.values():
-        saved["callbacks"].pop("Timer")
+def load_results(run: Path) -> dict[str, Any]:
+    """Everything that a run leaves, except its speed."""
+    results: dict[str, Any] = {path.name: checkpoint.read(path) for path in run.glob("checkpoints/*.ckpt")}
+    for saved in results.values():
+        saved["callbacks"].pop("Timer", None)
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text("utf-8").splitlines()]
     summary = json.loads((run / "summary.json").read_text("utf-8"))
-    logging.getLogger("tensorboard").setLevel(logging.ERROR)  # it warns of the resumes
-    events = EventAccumulator(str(run / "tensorboard"), size_guidance={"scalars": 0}).Reload()  # 0: all of them
+    logging.getLogger("tensorboard").setLevel(logging.ERROR)  # it warns of resumes
+    events = EventAccumulator(str(run), size_guidance={"scalars": 0}).Reload()  # 0: all of them
     tags = set(events.Tags()["scalars"]) - set(SPEED)
-    end["tensorboard"] = {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in tags}
-    end["metrics.jsonl"] = [line for line in lines if "train/tokens_per_s" not in line]
-    end["summary.json"] = {key: value for key, value in summary.items() if key not in SPEED}
-    return end
+    results["tensorboard"] = {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in tags}
+    results["metrics.jsonl"] = [line for line in lines if "train/tokens_per_s" not in line]
+    results["summary.json"] = {key: value for key, value in summary.items() if key not in SPEED}
+    return results
 
 
-def leaves(tree: Any, at: str = "") -> Iterator[tuple[str, Any]]:
-    """(place, value) of all that nested dicts and lists hold: tensors as bytes, and numbers with all their digits."""
+def flatten(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """(path, value) of everything in nested dicts and lists: tensors as bytes, numbers with all their digits."""
     if isinstance(tree, (dict, list, tuple)):
         for key, value in tree.items() if isinstance(tree, dict) else enumerate(tree):
-            yield from leaves(value, f"{at}/{key}")
+            yield from flatten(value, f"{path}/{key}")
     else:
-        yield at, (tree.dtype, tree.shape, tree.numpy().tobytes()) if isinstance(tree, torch.Tensor) else repr(tree)
+        is_tensor = isinstance(tree, torch.Tensor)
+        yield path, (tree.dtype, tree.shape, tree.numpy().tobytes()) if is_tensor else repr(tree)
 
 
-def differences(ours: Any, theirs: Any) -> list[str]:
-    """The places in which two such trees are not bitwise the same."""
-    a, b = dict(leaves(ours)), dict(leaves(theirs))
-    return sorted(place for place in a.keys() | b.keys() if a.get(place) != b.get(place))
+def differences(a: Any, b: Any) -> list[str]:
+    """The paths at which two such trees differ, if only in the last bit."""
+    a, b = dict(flatten(a)), dict(flatten(b))
+    return sorted(path for path in a.keys() | b.keys() if a.get(path) != b.get(path))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("settings", nargs="*", help="for both runs, such as data.workers=2")
+    parser.add_argument("overrides", nargs="*", help="for both runs, such as data.workers=2")
     parser.add_argument("--steps", type=int, default=3500)
     parser.add_argument("--kills", type=int, nargs=3, default=[17, 3, 5], metavar=("TRAINING", "VALIDATION", "WRITE"))
     parser.add_argument("--start-ups", type=int, default=4, help="further kills, of resumes before their first step")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments of the kills")
     options = parser.parse_args()
     folder, rng, total = Path(tempfile.mkdtemp(prefix="kill_storm_")), random.Random(options.seed), sum(options.kills)
-    print(f"in {folder}, which is kept unless all is well", flush=True)
-    settings = [*SETTINGS, f"trainer.max_steps={options.steps}", *options.settings]
-    for name in ("peace", "storm"):
+    print(f"in {folder}, which is kept if anything fails", flush=True)
+    overrides = [*OVERRIDES, f"trainer.max_steps={options.steps}", *options.overrides]
+    for name in ("uninterrupted", "killed"):
         (folder / name).mkdir()
-    peace = to_the_end(folder / "peace", settings)
-    summary = json.loads((peace / "summary.json").read_text("utf-8"))
-    training = summary["steps"] * TOKENS_PER_STEP / summary["tokens_per_s"]
-    print(f"untouched: {summary['steps']} steps in {training:.0f} s, ended by {summary['ended']}", flush=True)
-    storm, number = Storm(folder / "storm", settings, rng), 0
-    for part, step in draw(rng, options.kills, options.start_ups, summary["steps"]):
-        number += part != "start-up"
-        print("not counted" if part == "start-up" else f"{number} of {total}", end=", ")
-        while not storm.strike(part, step):
+    uninterrupted = finish(folder / "uninterrupted", overrides)
+    summary = json.loads((uninterrupted / "summary.json").read_text("utf-8"))
+    seconds = summary["steps"] * TOKENS_PER_STEP / summary["tokens_per_s"]
+    print(f"uninterrupted: {summary['steps']} steps in {seconds:.0f} s, ended by {summary['ended']}", flush=True)
+    storm, number = Storm(folder / "killed", overrides, rng), 0
+    for phase, step in plan_kills(rng, options.kills, options.start_ups, summary["steps"]):
+        number += phase != "start-up"
+        print("not counted" if phase == "start-up" else f"{number} of {total}", end=", ")
+        while not storm.kill_in(phase, step):
             print("    again", end=", ")
-    if found := differences(end_of(to_the_end(folder / "storm", settings)), end_of(peace)):
-        sys.exit(f"{total} kills, and the end differs in {len(found)} places:\n" + "\n".join(found[:50]))
+    results = load_results(finish(folder / "killed", overrides))
+    if different := differences(results, load_results(uninterrupted)):
+        sys.exit(f"{total} kills, and the results differ in {len(different)} places:\n" + "\n".join(different[:50]))
     shutil.rmtree(folder)
-    print(f"{total} of {total} kills: no file was ever broken, and the end is bitwise that of the untouched run")
+    print(f"{total} of {total} kills: no file was ever broken, and the results are bitwise those of the other run")
 
 
 if __name__ == "__main__":

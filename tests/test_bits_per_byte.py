@@ -9,11 +9,11 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from gptlab.data import bpe
+from gptlab.data.files import load_gpt2_tokenizer
 from gptlab.data.text import TextData
 from gptlab.data.windows import Ids, ValBatches
 from gptlab.module import GPTModule
-from gptlab.tokenizer import CharTokenizer
+from gptlab.tokenizer import BPETokenizer, CharTokenizer
 
 
 class Fixed(nn.Module):
@@ -30,7 +30,7 @@ class Fixed(nn.Module):
 def module_for(tokenizer, model: nn.Module | None = None) -> GPTModule:
     model = model or Fixed(tokenizer.vocab_size)
     return GPTModule(model, optim_config={"grad_clip": 0.0, "skip_nonfinite": 0}, token_bytes=tokenizer.token_bytes(), seed=1, micro_batch_size=None,
-                     log_every=1, record={})  # fmt: skip
+                     log_every=1, metadata={})  # fmt: skip
 
 
 def validated(folder, module: GPTModule, data) -> dict[str, float]:
@@ -77,7 +77,7 @@ def test_tokens_of_different_cost(tmp_path, block_size):
 def test_a_learned_bpe(tmp_path):
     """ " x", " xy" and " xyz" are its merges. Targets " xyz" (4 bytes), "y" (1), " x" (2), the end of the text (0), " xy"
     (3) and "🙂" in four tokens of 1 byte: 9 tokens, 14 bytes."""
-    tokenizer = bpe.learn([" xyz xyz xyz xy xy x y"], 260)
+    tokenizer = BPETokenizer.learn([" xyz xyz xyz xy xy x y"], 260)
     ids = [*tokenizer.encode(" xy xyzy x"), tokenizer.end_of_text, *tokenizer.encode(" xy🙂")]
     assert len(ids) == 10
     shown = validate(tmp_path, tokenizer, ids)
@@ -86,7 +86,7 @@ def test_a_learned_bpe(tmp_path):
 
 def test_the_end_of_a_text_costs_bits_and_is_no_bytes(tmp_path):
     """Probabilities 1/2 for "a", 1/4 for the end. Targets end a end a a: 2 + 1 + 2 + 1 + 1 = 7 bits, 3 bytes."""
-    tokenizer = bpe.learn([""], 257)
+    tokenizer = BPETokenizer.learn([""], 257)
     a, end = tokenizer.tokens.index(b"a"), tokenizer.end_of_text
     probabilities = [1 / 4 / 255] * 257
     probabilities[a], probabilities[end] = 1 / 2, 1 / 4
@@ -98,7 +98,7 @@ def test_the_end_of_a_text_costs_bits_and_is_no_bytes(tmp_path):
 def test_gpt2(gpt2_files, tmp_path, size):
     """Targets " world" (6), end (0), "Hello" (5), " world" (6), end (0): 5 tokens, 17 bytes; also where the model's
     vocabulary is padded."""
-    tokenizer = bpe.gpt2()
+    tokenizer = load_gpt2_tokenizer("")
     ids = [15496, 995, 50256, 15496, 995, 50256]
     assert tokenizer.decode(ids[:2]) == "Hello world"
     shown = validate(tmp_path, tokenizer, ids, Fixed(size))

@@ -458,7 +458,9 @@ def test_a_run_folder_from_elsewhere_runs_no_code(refused, tmp_path, run_config,
         assert "distutils.spawn.spawn" in text
 
 
-@pytest.mark.parametrize("text", ["plain", "${seed}", "a ${oc.env:HOME} b", "\\${x}", "\\\\${x} \\", "$x {y}", "$", "${"])
+@pytest.mark.parametrize(
+    "text", ["plain", "${seed}", "a ${oc.env:HOME} b", "\\${x}", "\\\\${x} \\", "$x {y}", "$", "${"]
+)
 def test_a_run_folder_gives_back_every_text(tmp_path, monkeypatch, text):
     """A prompt with ${...} in it must not be interpolated, neither from the command line nor from a saved config."""
     monkeypatch.chdir(tmp_path)

@@ -3,6 +3,8 @@
 import json
 import logging
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import lightning as L
@@ -14,9 +16,8 @@ from test_callbacks import Data
 from test_module import make_module, make_trainer
 
 from gptlab.callbacks.checkpointing import AtomicCheckpointIO, Checkpointing
+from gptlab.callbacks.debug import Overfit, Profile
 from gptlab.callbacks.ema import EMA
-from gptlab.callbacks.overfit import Overfit
-from gptlab.callbacks.profile import Profile
 
 
 def read(run: Path) -> tuple[dict, list[dict]]:
@@ -62,7 +63,7 @@ def test_fast_is_two_steps_of_any_experiment(gptlab, tmp_path):
 
 def test_overfit_learns_one_batch_and_ends(gptlab, tmp_path):
     done = gptlab("train", "debug=overfit", "hardware=cpu", "hydra.run.dir=run")
-    assert done.stderr == "" and done.stdout.count("one batch learned: loss 0.0") == 1
+    assert done.stderr == "" and done.stdout.count("one batch overfit: loss 0.0") == 1
     assert "trainer.max_steps=" not in done.stdout  # nothing to go on with
     summary, lines = read(tmp_path / "run")
     end = summary["steps"]
@@ -91,7 +92,7 @@ def test_overfit_sees_the_first_batch_in_each_step(tmp_path, caplog):
         trainer = make_trainer(tmp_path, 3, callbacks=[first, Overfit(1e-9), Checkpointing(1)], **settings)
         trainer.fit(make_module(), datamodule=Data())
     assert trainer.global_step == 3
-    assert "WARNING: one batch was not learned" in caplog.text and "optim.lr" in caplog.text
+    assert "WARNING: one batch was not overfit" in caplog.text and "optim.lr" in caplog.text
     trainer = make_trainer(tmp_path, 5, callbacks=[resumed, Overfit(1e-9), Checkpointing(1)], **settings)
     trainer.fit(make_module(), datamodule=Data(), ckpt_path=folder / "last.ckpt", weights_only=True)
     assert not torch.equal(free.seen[0], free.seen[1])
@@ -100,34 +101,19 @@ def test_overfit_sees_the_first_batch_in_each_step(tmp_path, caplog):
     assert all(free.training) and not any(first.training + resumed.training)  # no dropout
 
 
-def test_profile_counts_and_times_a_step(gptlab, tmp_path):
-    """Two of four steps are profiled: an operator of one call per step must not be counted twice, or not at all."""
+def test_profile_covers_the_steps_it_was_asked_for(gptlab, tmp_path):
+    """Two of four steps are profiled: AdamW's step is there twice, not at all or four times would be wrong."""
     profile = ["callbacks.profile.skip_steps=1", "callbacks.profile.steps=2", "callbacks.profile.rows=1000"]
     small = ["model=gpt-nano", "hardware=cpu", "trainer.max_steps=4", "callbacks.sample_text.max_new_tokens=5"]
     done = gptlab("train", "debug=profile", *small, *profile, "hydra.run.dir=run")
-    assert done.stderr == ""
-    run = tmp_path / "run"
-    assert read(run)[0]["steps"] == 4
-    assert any(
-        event["name"] == "aten::mm" for event in json.loads((run / "profile/trace.json").read_text())["traceEvents"]
-    )
-    assert "aten::mm" in (run / "profile/table.txt").read_text()
-    assert sorted(path.name for path in (run / "profile").iterdir()) == ["table.txt", "trace.json"]
-
-    lines = done.stdout.splitlines()
-    start = next(i for i, line in enumerate(lines) if line.startswith("operator"))
-    end = next(i for i, line in enumerate(lines) if line.startswith("one step"))
-    table = lines[start : end + 1]
-    assert all(len(line) <= 80 for line in table)
-    rows = {line[:44].strip(): line[44:].split() for line in table[1:]}
-    assert rows["Optimizer.step#AdamW.step"][0] == "1.0"
-    times = [float(row[-2]) for row in rows.values()]
-    assert times[:-2] == sorted(times[:-2], reverse=True)
-    assert sum(times[:-1]) == pytest.approx(times[-1], abs=0.01 * len(times)) and times[-2] >= 0
-    assert "profile/trace.json" in done.stdout and "https://ui.perfetto.dev" in done.stdout
+    assert done.stderr == "" and read(tmp_path / "run")[0]["steps"] == 4
+    events = json.loads((tmp_path / "run/profile/trace.json").read_text())["traceEvents"]
+    assert sum(event["name"] == "Optimizer.step#AdamW.step" for event in events) == 2
+    (row,) = (line for line in done.stdout.splitlines() if "Optimizer.step#AdamW.step" in line)
+    assert row.split()[-1] == "2" and "aten::mm" in done.stdout and "profile/trace.json" in done.stdout
 
 
-def test_an_interrupted_profile_is_switched_off(tmp_path):
+def test_an_exception_switches_the_profiler_off(tmp_path):
     """Left on, it ends Python with a segmentation fault instead of the exit status."""
 
     class Fails(L.Callback):
@@ -177,10 +163,7 @@ EARLY = [
 
 @pytest.fixture(scope="module")
 def early(tmp_path_factory) -> Path:
-    """A run that nobody touched, ended by early stopping, with averaged weights."""
-    import subprocess
-    import sys
-
+    """An uninterrupted run, ended by early stopping, with averaged weights."""
     folder = tmp_path_factory.mktemp("early")
     done = subprocess.run([sys.executable, "-m", "gptlab.train", *EARLY], cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0 and done.stderr == "", done.stderr
@@ -311,4 +294,4 @@ def test_a_profile_that_is_cut_short_shows_what_there_is(tmp_path, caplog):
     with caplog.at_level(logging.INFO):
         trainer = make_trainer(tmp_path, 9, callbacks=[Stop(), Profile(1, 8, 3)], limit_val_batches=0)
         trainer.fit(make_module(), datamodule=Data())
-    assert "one step" in caplog.text and (tmp_path / "profile/trace.json").exists()
+    assert "2 steps:" in caplog.text and (tmp_path / "profile/trace.json").exists()

@@ -34,7 +34,7 @@ class OnDevice(Poisoned):
 
     def configure_optimizers(self):
         optimizer = super().configure_optimizers()
-        self.looks_at_logs = True
+        self.checks_at_log = True
         return optimizer
 
 
@@ -140,6 +140,7 @@ def test_weights_that_blow_up_are_neither_sampled_nor_used(gptlab, tmp_path):
     assert "its weights are not finite, or huge" in gptlab("sample", "ckpt=run", status=2).stderr
 
 
+@pytest.mark.slow
 def test_a_sweep_goes_on_after_a_job_that_diverged(gptlab, tmp_path):
     gptlab("train", "-m", *TINY, "optim.grad_clip=0", "optim.warmup_steps=0", "optim.lr=1e30,1e-3", status=1)
     (sweep,) = (tmp_path / "sweeps/python_docs").iterdir()
@@ -174,12 +175,6 @@ def test_all_processes_leave_out_what_is_not_finite_in_one(gptlab, tmp_path, all
         assert f"to leave its update out and go on:\n  python -m gptlab.train {command}\n" in done.stdout
         gptlab("train", *command.split(), PYTHONPATH=str(tmp_path))
         assert json.loads((tmp_path / "run/summary.json").read_text())["steps"] == 4
-
-
-def test_clipping_that_never_acts_is_said_at_the_end(gptlab):
-    long = [*TINY, "model.n_layer=1", "trainer.max_steps=60", "trainer.val_every=60", "optim.grad_clip=1000"]
-    said = gptlab("train", *long, "hydra.run.dir=run").stdout
-    assert "gradient clipping was never active: optim.grad_clip=1000" in said and "try optim.grad_clip=" in said
 
 
 # --- out of memory
@@ -220,8 +215,8 @@ def test_the_micro_batch_is_halved_until_it_fits(short_of_memory, tmp_path):
     """12 sequences, then 6, then 3: and the weights are bitwise those of a run with micro-batches of 3 from the start,
     dropout and all. What is in force is saved: a resume does not try again, and a size that is asked for wins."""
     said = short_of_memory(*LONG, *scarce(4)).stdout
-    assert "out of memory in training with 12 sequences at a time: from here on 6 at a time" in said
-    assert "out of memory in training with 6 sequences at a time: from here on 3 at a time" in said
+    assert "out of memory in training with 12 sequences at a time: continuing with 6" in said
+    assert "out of memory in training with 6 sequences at a time: continuing with 3" in said
     assert "out of memory in validation with 20 sequences at a time" in said
     short_of_memory(*LONG, "data.micro_batch_size=3", "hydra.run.dir=small")
     assert same(weights(tmp_path / "run"), weights(tmp_path / "small"))
@@ -233,7 +228,7 @@ def test_the_micro_batch_is_halved_until_it_fits(short_of_memory, tmp_path):
 
     assert "out of memory" not in short_of_memory("resume=run", "trainer.max_steps=9").stdout
     said = short_of_memory("resume=run", "trainer.max_steps=10", "data.micro_batch_size=8").stdout
-    assert "out of memory in training with 8 sequences at a time: from here on 4 at a time" in said
+    assert "out of memory in training with 8 sequences at a time: continuing with 4" in said
 
 
 def test_a_single_sequence_that_does_not_fit_is_a_mistake(short_of_memory):

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from gptlab.errors import UserError
 from gptlab.generate import generate, sample_next
 from gptlab.model import GPT
 
@@ -65,11 +66,16 @@ def test_the_generator_decides():
 
 def test_padding_is_never_drawn():
     model = GPT(vocab_size=3, block_size=8, n_layer=1, n_head=1, n_embd=8, vocab_multiple=64).eval()
-    assert {i for row in ids(model, torch.zeros(50, 1, dtype=torch.int64), 20, temperature=100.0) for i in row} == {
-        0,
-        1,
-        2,
-    }
+    drawn = ids(model, torch.zeros(50, 1, dtype=torch.int64), 20, temperature=100.0)
+    assert {i for row in drawn for i in row} == {0, 1, 2}
+
+
+def test_weights_that_are_not_finite_are_refused():
+    """Else softmax of NaN would draw garbage, or fail deep in torch."""
+    model = GPT(vocab_size=3, block_size=8, n_layer=1, n_head=1, n_embd=8).eval()
+    model.lm_head.weight.data[1] = torch.nan
+    with pytest.raises(UserError, match="not finite"):
+        ids(model, torch.zeros(1, 1, dtype=torch.int64), 2)
 
 
 @pytest.mark.parametrize(
@@ -86,5 +92,5 @@ def test_padding_is_never_drawn():
 )
 def test_bad_arguments_raise_before_anything_is_drawn(changes, text):
     arguments = {"model": Successor(), "idx": torch.zeros(1, 1, dtype=torch.int64), "max_new_tokens": 1, **changes}
-    with pytest.raises(ValueError, match=text):
+    with pytest.raises(UserError, match=text):
         generate(**arguments)

@@ -107,7 +107,7 @@ def losses(folder: Path, mutate: Callable[[GPTModule], None] = lambda module: No
                 parameter.mul_(16)  # as large as after a training: fresh ones leave GELU a straight line
     module = GPTModule(
         model, optim_config=dict(OPTIM), token_bytes=np.ones(VOCAB, dtype=np.int64), seed=1, micro_batch_size=4,
-        log_every=1, record={},
+        log_every=1, metadata={},
     )  # fmt: skip
     mutate(module)
     callback = Losses()

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 import yaml
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 from gptlab.config import CONF
@@ -99,20 +100,11 @@ def test_causality():
     ],
 )
 def test_gpt2_parameter_counts(preset, parameters):
+    """A forgotten bias, norm or projection, or an untied head, would show."""
     sizes = {k: v for k, v in yaml.safe_load((CONF / f"model/{preset}.yaml").read_text()).items() if k != "defaults"}
     with torch.device("meta"):
         model = GPT(vocab_size=50257, block_size=1024, **sizes)
     assert sum(p.numel() for p in model.parameters()) == parameters
-
-
-@pytest.mark.parametrize(
-    ("preset", "n_layer", "n_head", "n_embd"),
-    [("gpt-nano", 3, 3, 48), ("gpt-micro", 4, 4, 128), ("gpt-mini", 6, 6, 192), ("gopher-44m", 8, 16, 512),
-     ("openai-gpt", 12, 12, 768)],
-)  # fmt: skip
-def test_preset_sizes(preset, n_layer, n_head, n_embd):
-    sizes = yaml.safe_load((CONF / f"model/{preset}.yaml").read_text())
-    assert (sizes["n_layer"], sizes["n_head"], sizes["n_embd"]) == (n_layer, n_head, n_embd)
 
 
 def test_initialisation_is_gpt2s():
@@ -218,45 +210,33 @@ def test_activation_checkpointing_is_for_training_only():
 
 
 @pytest.mark.parametrize(
-    ("changes", "key"),
-    [
-        ({"n_embd": 13}, "model.n_embd=13"),
-        ({"n_layer": 0}, "model.n_layer=0"),
-        ({"n_head": -1}, "model.n_head=-1"),
-        ({"n_embd": 0}, "model.n_embd=0"),
-        ({"block_size": 0}, "data.block_size=0"),
-        ({"vocab_size": 0}, "vocab_size=0"),
-        ({"vocab_multiple": 0}, "model.vocab_multiple=0"),
-        ({"dropout": 1.0}, "model.dropout=1.0"),
-        ({"dropout": -0.1}, "model.dropout=-0.1"),
-        ({"dropout": math.nan}, "model.dropout=nan"),
-    ],
+    "changes", [{"n_embd": 13}, {"n_head": 0}, {"n_layer": 0}, {"vocab_size": 0}, {"dropout": 1.5}]
 )
-def test_sizes_that_cannot_be_built(changes, key):
-    with pytest.raises(ValueError, match=key):
+def test_sizes_that_cannot_be_built(changes):
+    """From plain Python; a config is checked before it comes here."""
+    with pytest.raises(ValueError, match=r"must be|has to be"):
         small(**changes)
 
 
 @pytest.mark.parametrize(
-    ("ids", "text"),
+    ("ids", "error", "text"),
     [
-        (torch.zeros(1, 8, dtype=torch.int64), "block_size=7"),
-        (torch.zeros(1, 0, dtype=torch.int64), "0 tokens"),
-        (torch.zeros(7, dtype=torch.int64), r"\(7,\)"),
-        (torch.zeros(1, 2, 3, dtype=torch.int64), r"\(1, 2, 3\)"),
-        (torch.zeros(1, 7), "float32"),
-        (torch.full((1, 7), 11), "vocabulary 0..10"),
-        (torch.full((1, 7), -1), "vocabulary 0..10"),
+        (torch.zeros(1, 8, dtype=torch.int64), ValueError, "8 tokens is longer than block_size=7"),
+        (torch.full((1, 7), 11), IndexError, "out of range"),
+        (torch.zeros(1, 7), RuntimeError, "Long"),
+        (torch.zeros(7, dtype=torch.int64), ValueError, "unpack"),
     ],
 )
-def test_inputs_that_make_no_sense(ids, text):
-    with pytest.raises(ValueError, match=text):
+def test_bad_inputs_raise(ids, error, text):
+    """None of them may give a result, whether we or torch refuse it."""
+    with pytest.raises(error, match=text):
         small()(ids)
 
 
-def test_ids_in_the_padding_are_outside_the_vocabulary():
-    with pytest.raises(ValueError, match=r"vocabulary 0\.\.10"):
-        small(vocab_multiple=8)(torch.full((1, 7), 12))
+def test_forward_works_on_fake_tensors():
+    """It looks at no value, which on a GPU would make every step wait for the host."""
+    with FakeTensorMode():
+        assert small().train()(torch.zeros(2, 7, dtype=torch.int64)).shape == (2, 7, 11)
 
 
 def test_flops_per_token():

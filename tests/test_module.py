@@ -24,7 +24,7 @@ def make_module(micro_batch_size=None, dropout=0.0, **optim) -> GPTModule:
     model = GPT(vocab_size=VOCAB, block_size=T, n_layer=2, n_head=2, n_embd=8, dropout=dropout)
     return GPTModule(
         model, optim_config={**OPTIM, **optim}, token_bytes=np.ones(VOCAB, dtype=np.int64), seed=1,
-        micro_batch_size=micro_batch_size, log_every=1, record={"data": {}, "tokenizer": {}},
+        micro_batch_size=micro_batch_size, log_every=1, metadata={"data": {}, "tokenizer": {}},
     )  # fmt: skip
 
 

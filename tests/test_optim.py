@@ -3,7 +3,7 @@
 import math
 
 import pytest
-from omegaconf import OmegaConf
+import torch
 
 from gptlab import optim
 from gptlab.model import GPT
@@ -61,10 +61,16 @@ def test_odd_lengths_do_not_divide_by_zero(warmup, decay):
     assert all(0 < rate <= 1 for rate in rates) and rates[-1] == 0.1
 
 
-def test_conf_values_are_the_schemas_keys():
-    """conf/optim/adamw.yaml says a value for every key of the schema, and for nothing else."""
-    from dataclasses import fields
-
-    from gptlab.config import CONF, OptimConfig
-
-    assert set(OmegaConf.load(CONF / "optim/adamw.yaml")) == {field.name for field in fields(OptimConfig)}
+@pytest.mark.parametrize("norm", [1.0, math.nan, math.inf])
+def test_skipping_on_the_device_does_what_skipping_on_the_host_does(norm):
+    """Weights and state after a step, fused: a non-finite one must leave both as they were, a finite one must not."""
+    ends = []
+    for wait in (True, False):
+        layer = torch.nn.Linear(2, 1, bias=False)
+        torch.nn.init.ones_(layer.weight)
+        adamw = optim.adamw(layer, lr=0.1, betas=(0.9, 0.99), weight_decay=0.1, fused=True)
+        layer.weight.grad = torch.full((1, 2), norm)
+        optim.skip_unless_finite(adamw, torch.tensor(norm), wait=wait)
+        adamw.step()
+        ends.append(layer.weight.detach())
+    assert torch.equal(*ends) and torch.equal(ends[0], torch.ones(1, 2)) == (norm != 1.0)

@@ -1,4 +1,4 @@
-"""A user's own model and data set, from a folder that knows nothing of the package: train, sample, resume, sweep."""
+"""Custom model, data set and tokenizer, from a folder that knows nothing of the package: train, sample, resume, sweep."""
 
 import json
 import textwrap
@@ -7,52 +7,57 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from torch.nn import functional as F
 
 from gptlab.contracts import check_data, check_model, check_tokenizer
 from gptlab.data.windows import WindowData
+from gptlab.errors import UserError
 from gptlab.sample import pieces
 from gptlab.tokenizer import CharTokenizer
 
 TINY = ["hardware=cpu", "trainer.max_steps=4", "trainer.val_every=2", "trainer.log_every=1", "optim.warmup_steps=1",
         "optim.decay_steps=20", "callbacks.sample_text.max_new_tokens=5"]  # fmt: skip
-OWN = ["--config-dir", "my_conf", "model=my_gpt", "data=my_data"]
+OWN = ["--config-dir", "my_conf", "model=my_rnn", "data=my_data"]
+FILES = {
+    "my_model.py": """
+        from torch import nn
+
+        class MyRNN(nn.Module):
+            def __init__(self, vocab_size, block_size, width):
+                super().__init__()
+                self.embed = nn.Embedding(vocab_size, width)
+                self.rnn = nn.GRU(width, width, batch_first=True)
+                self.head = nn.Linear(width, vocab_size)
+
+            def forward(self, ids):  # (B, T) token ids
+                hidden, _ = self.rnn(self.embed(ids))
+                return self.head(hidden)  # (B, T, vocab_size) logits
+    """,
+    "my_data.py": """
+        import numpy as np
+        from gptlab.data.windows import WindowData
+        from gptlab.tokenizer import CharTokenizer
+
+        class MyData(WindowData):
+            def __init__(self, letters, **windows):
+                super().__init__(**windows)
+                self.letters = letters
+
+            def setup(self, stage=None):
+                self.tokenizer = CharTokenizer(self.letters)
+                ids = np.arange(2000) % len(self.letters)
+                self.train_ids, self.val_ids = ids[:1800], ids[1800:]
+                self.record = {"name": self.name, "sha256": "0"}
+    """,
+    "my_conf/model/my_rnn.yaml": "_target_: my_model.MyRNN\nwidth: 8\n",
+    "my_conf/data/my_data.yaml": "_target_: my_data.MyData\nname: mine\nletters: abcd\nblock_size: 8\nbatch_size: 4\n",
+}
 
 
 @pytest.fixture
 def own(tmp_path):
-    """The files of the README's example, as a user would have them, in a folder of their own."""
-    files = {
-        "my_pkg/__init__.py": """
-            import numpy as np
-            import torch
-            from gptlab.data.windows import WindowData
-            from gptlab.tokenizer import CharTokenizer
-
-            class MyGPT(torch.nn.Module):
-                def __init__(self, vocab_size, block_size, width):
-                    super().__init__()
-                    self.vocab_size, self.block_size = vocab_size, block_size
-                    self.layers = torch.nn.Sequential(torch.nn.Embedding(vocab_size, width), torch.nn.Linear(width, vocab_size))
-
-                def forward(self, idx):
-                    return self.layers(idx)
-
-            class MyData(WindowData):
-                def __init__(self, letters, **windows):
-                    super().__init__(**windows)
-                    self.letters = letters
-
-                def setup(self, stage=None):
-                    self.tokenizer = CharTokenizer(self.letters)
-                    ids = np.arange(2000) % len(self.letters)
-                    self.train_ids, self.val_ids = ids[:1800], ids[1800:]
-                    self.record = {"name": self.name, "sha256": str(hash(self.letters) * 0)}
-                    self.check_lengths(self.name)
-        """,
-        "my_conf/model/my_gpt.yaml": "_target_: my_pkg.MyGPT\nwidth: 8\n",
-        "my_conf/data/my_data.yaml": "_target_: my_pkg.MyData\nname: mine\nletters: abcd\nblock_size: 8\nbatch_size: 4\n",
-    }
-    for name, content in files.items():
+    """The files of the README's example, as a user has them."""
+    for name, content in FILES.items():
         path = tmp_path / "elsewhere" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(textwrap.dedent(content))
@@ -60,17 +65,18 @@ def own(tmp_path):
 
 
 def test_train_sample_and_resume(gptlab, own):
-    gptlab("train", *OWN, *TINY, "model.width=12", "hydra.run.dir=run", cwd=own)
+    said = gptlab("train", *OWN, *TINY, "model.width=12", "hydra.run.dir=run", cwd=own).stdout
+    assert "memory:" in said  # estimated for a custom model, too
     checkpoint = torch.load(own / "run/checkpoints/best.ckpt", weights_only=True)
-    assert checkpoint["state_dict"]["model.layers.0.weight"].shape == (4, 12)
+    assert checkpoint["state_dict"]["model.embed.weight"].shape == (4, 12)
 
     refused = gptlab("sample", "ckpt=run", cwd=own, status=2).stderr
-    assert "my_pkg.MyGPT" in refused and "trust=true" in refused and "Traceback" not in refused
+    assert "my_model.MyRNN" in refused and "trust=true" in refused and "Traceback" not in refused
     text = gptlab("sample", "ckpt=run", "trust=true", "prompt=abc", "max_new_tokens=7", cwd=own).stdout
     assert len(text) == len("abc") + 7 + len("\n") and set(text) <= set("abcd\n")
     (own / "away").mkdir()
     missing = gptlab("sample", "ckpt=../run", "trust=true", cwd=own / "away", status=2).stderr
-    assert "cannot be imported" in missing and "my_pkg" in missing
+    assert "cannot be imported" in missing and "my_model" in missing
 
     gptlab("train", "resume=run", "trainer.max_steps=6", cwd=own)
     gptlab("train", *OWN, *TINY, "model.width=12", "trainer.max_steps=6", "hydra.run.dir=whole", cwd=own)
@@ -91,24 +97,24 @@ def test_multirun(gptlab, own):
 @pytest.mark.parametrize(
     ("argument", "said"),
     [
-        ("model.widht=3", "did you mean model.width?"),
-        ("data.block_size=0", "data.block_size=0: it must be a number, at least 1"),
-        ("data.batch_size=many", "data.batch_size=many: it must be a number"),
-        ("model._target_=my_pkg.MyGTP", "MyGTP"),
-        ("model._target_=her_pkg.MyGPT", "no package 'her_pkg'"),
-        ("+model.depth=3", "it takes vocab_size, block_size, width"),
+        ("model.widht=3", "model.width"),
+        ("data.block_size=0", "data.block_size=0"),
+        ("data.batch_size=many", "data.batch_size=many"),
+        ("model._target_=my_model.MyRNM", "MyRNM"),
+        ("model._target_=her_model.MyRNN", "her_model"),
+        ("+model.depth=3", "vocab_size, block_size, width"),
         ("+model._convert_=all", "model._convert_"),
     ],
 )
-def test_mistakes(gptlab, own, argument, said):
+def test_config_errors(gptlab, own, argument, said):
     stderr = gptlab("train", *OWN, *TINY, argument, cwd=own, status=2).stderr
     assert said in stderr and "Traceback" not in stderr and len(stderr.strip("\n").split("\n")) <= 6
 
 
-def test_a_fault_in_the_users_own_code_keeps_its_traceback(gptlab, own):
-    """It is not a slip in the config: status 1, and the line of their file."""
+def test_an_error_in_custom_code_keeps_its_traceback(gptlab, own):
+    """It is no config error: status 1, and the line of their file."""
     stderr = gptlab("train", *OWN, *TINY, "model.width=-1", cwd=own, status=1).stderr
-    assert "my_pkg/__init__.py" in stderr and "RuntimeError: Trying to create tensor with negative" in stderr
+    assert "my_model.py" in stderr and "RuntimeError: Trying to create tensor with negative" in stderr
 
 
 TOKENIZER = """
@@ -130,12 +136,12 @@ TOKENIZER = """
 """
 
 
-def test_a_tokenizer_of_ones_own(gptlab, own):
+def test_a_custom_tokenizer(gptlab, own):
     """Its state names its class; sampling builds that only when trusted, from plain values."""
     (own / "my_tokens.py").write_text(textwrap.dedent(TOKENIZER))
-    data = (own / "my_pkg/__init__.py").read_text()
+    data = (own / "my_data.py").read_text()
     mine = data.replace("CharTokenizer(self.letters)", "Shouting(list(self.letters), {'mark': '!'})")
-    (own / "my_pkg/__init__.py").write_text("from my_tokens import Shouting\n" + mine)
+    (own / "my_data.py").write_text("from my_tokens import Shouting\n" + mine)
     shown = gptlab(
         "train", *TINY, "--config-dir", "my_conf", "data=my_data", "model=gpt-nano", "hydra.run.dir=run", cwd=own
     )
@@ -159,63 +165,50 @@ def test_nothing_in_a_checkpoint_is_interpolated(gptlab, own):
 
 
 class Model(torch.nn.Module):
-    """The embedding's row is the prediction; `forward` is what the tests break."""
+    """The embedding's row is the prediction; `change` is what the tests break."""
 
-    def __init__(self, vocab_size=5, block_size=4):
+    vocab_size, block_size = 5, 4
+
+    def __init__(self, change=lambda logits: logits):
         super().__init__()
-        self.vocab_size, self.block_size = vocab_size, block_size
-        self.table = torch.nn.Embedding(5, 5)
+        self.table, self.change = torch.nn.Embedding(5, 5), change
 
-    def forward(self, idx):
-        return self.table(idx)
-
-
-class LooksAhead(Model):
-    def forward(self, idx):
-        return self.table(idx) + self.table(idx).mean(dim=1, keepdim=True)
+    def forward(self, ids):
+        return self.change(self.table(ids))
 
 
-class LooksAside(Model):
-    def forward(self, idx):
-        return self.table(idx) + self.table(idx).mean(dim=0, keepdim=True)
-
-
-class NotANumber(Model):
-    def forward(self, idx):
-        return self.table(idx) * float("nan")
-
-
-class LastOnly(Model):
-    def forward(self, idx):
-        return self.table(idx)[:, -1]
-
-
-class WithLoss(Model):
-    def forward(self, idx):
-        return self.table(idx), None
-
-
-class Forgetful(Model):
-    def __init__(self, vocab_size=5, block_size=4):
-        super().__init__()
-        del self.block_size
+def bad_size() -> Model:
+    model = Model()
+    model.block_size = 8
+    return model
 
 
 @pytest.mark.parametrize(
     ("model", "said"),
     [
-        (LooksAhead, "looks ahead"),
-        (LooksAside, "with other sequences"),
-        (NotANumber, "not finite"),
-        (LastOnly, r"returned \(2, 5\)"),
-        (WithLoss, "returned tuple"),
-        (Forgetful, "block_size=4 as the attribute"),
+        (Model(lambda x: x + x.mean(dim=1, keepdim=True)), "looks ahead"),
+        (Model(lambda x: x + F.pad(x[:, 1:], (0, 0, 0, 1))), "looks ahead"),  # by one token
+        (Model(lambda x: x + x.mean(dim=0, keepdim=True)), "with other sequences"),
+        (Model(lambda x: F.dropout(x, 0.5)), "random in eval mode"),
+        (Model(lambda x: x * float("nan")), "not finite"),
+        (Model(lambda x: x[:, -1]), r"returned \(2, 5\)"),
+        (Model(lambda x: x[..., :4]), r"returned \(2, 4, 4\)"),
+        (Model(lambda x: (x, None)), "returned tuple"),
+        (Model().requires_grad_(False), "parameters to train"),
+        (bad_size(), "block_size=8 must be 4"),
     ],
 )
-def test_a_model_that_offers_too_little_is_refused(model, said):
+def test_a_model_that_breaks_the_contract_is_refused(model, said):
     check_model(Model(), 5, 4)
-    with pytest.raises(ValueError, match=said):
-        check_model(model(), 5, 4)
+    with pytest.raises(UserError, match=said):
+        check_model(model, 5, 4)
+
+
+def test_trying_a_model_changes_nothing():
+    """Neither its mode nor the random numbers of the run."""
+    model, before = Model(lambda x: F.dropout(x, 0.5, model.training)), torch.get_rng_state()
+    check_model(model, 5, 4)
+    assert model.training and torch.equal(torch.get_rng_state(), before)
 
 
 class Words:
@@ -247,13 +240,13 @@ class Words:
         ({"decode": lambda ids: ids}, "decode"),
         ({"token_bytes": lambda: [1, 1, 1]}, "token_bytes"),
         ({"token_bytes": lambda: np.ones(2, dtype=int)}, "3 integers"),
-        ({"state": lambda: {"letters": np.arange(3)}}, "plain values"),
-        ({"vocab_size": 2, "token_bytes": lambda: np.ones(2, dtype=int)}, "3 when made from its state"),
+        ({"state": lambda: {"letters": np.arange(3)}}, "plain JSON values"),
+        ({"vocab_size": 2, "token_bytes": lambda: np.ones(2, dtype=int)}, "3 when restored"),
     ],
 )
-def test_a_tokenizer_that_offers_too_little_is_refused(changed, said):
+def test_a_tokenizer_that_breaks_the_contract_is_refused(changed, said):
     check_tokenizer(Words(), lambda state: Words())
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(UserError, match=said):
         check_tokenizer(Words(**changed), lambda state: Words())
 
 
@@ -274,14 +267,14 @@ def test_samples_are_decoded_together():
     ("changed", "said"),
     [
         ({"record": None}, "lacks record"),
-        ({"record": {"name": "x"}}, "name and sha256"),
-        ({"record": {"name": "x", "sha256": np.int64(1)}}, "plain values"),
+        ({"record": {"name": "x"}}, "must have name and sha256"),
+        ({"record": {"name": "x", "sha256": np.int64(1)}}, "plain JSON values"),
         ({"train_ids": [1, 2, 3]}, "train_ids must be a 1-D numpy array of integers, not list"),
         ({"val_ids": None}, "val_ids must be a 1-D numpy array"),
         ({"val_ids": np.full(9, -1)}, "token id -1"),
     ],
 )
-def test_data_that_offer_too_little_are_refused(changed, said):
+def test_data_that_break_the_contract_are_refused(changed, said):
     """A None takes the attribute away: one that `setup` forgot."""
 
     def data(**changed):

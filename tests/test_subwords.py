@@ -7,8 +7,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from gptlab.data import bpe, files
-from gptlab.data.files import python_docs
+from gptlab.data import files
+from gptlab.data.files import load_gpt2_tokenizer, python_docs
 from gptlab.data.text import TextData
 from gptlab.sample import pieces
 from gptlab.tokenizer import BPETokenizer
@@ -48,7 +48,7 @@ def test_the_split_is_by_characters(tmp_path, monkeypatch, kind, piece):
     assert data.val_ids.tolist() == tokenizer.encode(TEXT[SPLIT:]).tolist()
     assert data.train_ids.dtype == data.val_ids.dtype == np.uint16
     if kind["tokenizer"] == "bpe":
-        assert tokenizer.tokens == bpe.learn([TEXT[:SPLIT]], 305).tokens
+        assert tokenizer.tokens == BPETokenizer.learn([TEXT[:SPLIT]], 305).tokens
 
 
 def test_a_text_for_validation(tmp_path, kind):
@@ -59,7 +59,7 @@ def test_a_text_for_validation(tmp_path, kind):
     assert data.tokenizer.decode(data.train_ids) == TEXT
     assert data.tokenizer.decode(data.val_ids) == "Привет, house number 5 ∀\n" * 5
     if kind["tokenizer"] == "bpe":
-        assert data.tokenizer.tokens == bpe.learn([TEXT], 305).tokens
+        assert data.tokenizer.tokens == BPETokenizer.learn([TEXT], 305).tokens
 
 
 def test_tiny_shakespeare_is_nanogpts(shakespeare, gpt2_files):
@@ -94,7 +94,11 @@ def test_the_learned_vocabulary_knows_the_training_part_alone(tmp_path):
 @functools.cache
 def vocabulary(name: str) -> BPETokenizer:
     """The bytes alone; a few tokens, some of them halves of characters; GPT-2's."""
-    return bpe.gpt2() if name == "gpt2" else bpe.learn(["🙂🙃🙁😀 ééèê Zoë\n\n" * 20], {"bytes": 257, "bpe": 275}[name])
+    return (
+        load_gpt2_tokenizer("")
+        if name == "gpt2"
+        else BPETokenizer.learn(["🙂🙃🙁😀 ééèê Zoë\n\n" * 20], {"bytes": 257, "bpe": 275}[name])
+    )
 
 
 @pytest.fixture(params=["bytes", "bpe", "gpt2"])

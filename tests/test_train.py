@@ -65,7 +65,7 @@ def test_tensorboard_shows_scalars_config_and_hyper_parameters(gptlab, tmp_path)
     """What the Scalars, Text and HParams tabs are made from; a resume adds to it and doubles nothing."""
     gptlab("train", *TINY, "hydra.run.dir=run", "tags=[first]")
     gptlab("train", "resume=run", "trainer.max_steps=6")
-    events = EventAccumulator(str(tmp_path / "run/tensorboard")).Reload()
+    events = EventAccumulator(str(tmp_path / "run")).Reload()
     assert {tag.partition("/")[0] for tag in events.Tags()["scalars"]} == {"train", "val"}
     assert [event.step for event in events.Scalars("train/loss")] == [1, 2, 3, 4, 5, 6]
     assert [event.step for event in events.Scalars("val/loss")] == [0, 2, 4, 6]

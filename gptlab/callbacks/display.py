@@ -1,2 +1,125 @@
-from gptlab.callbacks.progress import Progress
-from gptlab.callbacks.sample_text import SampleText
+"""What a run shows while it trains: a progress bar, a line per validation, samples."""
+
+import logging
+import math
+import sys
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.loggers import TensorBoardLogger
+from tqdm import tqdm
+
+from gptlab.callbacks.interrupts import Interrupts
+from gptlab.errors import UserError
+from gptlab.generate import generate
+from gptlab.terminal import printable
+
+log = logging.getLogger(__name__)
+
+
+class Progress(L.Callback):
+    """A bar with time left, loss and speed (on terminals only), and a line per validation (there and in train.log)."""
+
+    def __init__(self) -> None:
+        self._bar: tqdm | None = None
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.is_global_zero:
+            self._bar = tqdm(
+                total=trainer.max_steps,
+                initial=trainer.global_step,
+                disable=not sys.stderr.isatty(),
+                dynamic_ncols=True,
+                leave=False,
+                mininterval=0.25,
+                # A narrow terminal cuts off the end: the most important comes first. 60 columns suffice for all of it.
+                bar_format="{percentage:3.0f}%|{bar}| {remaining} left, step {n_fmt}/{total_fmt}{postfix}",
+            )
+
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch, batch_idx: int) -> None:
+        logged = pl_module.logged
+        if self._bar is not None and trainer.global_step % pl_module.log_every == 0 and "train/loss" in logged:
+            text = f"loss {logged['train/loss']:.3f}"
+            if "train/tokens_per_s" in logged:
+                text += f", {logged['train/tokens_per_s']:,.0f} tok/s"
+            self._bar.set_postfix_str(text, refresh=False)
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs, batch, batch_idx: int
+    ) -> None:
+        if self._bar is not None:
+            self._bar.update()
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.is_global_zero:
+            v = pl_module.validated
+            text = f"step {v['step']:{len(str(trainer.max_steps))}d}: validation loss {v['val/loss']:.4f}"
+            if "val/accuracy" in v:
+                log.info("%s, %.2f %% answered exactly", text, 100 * v["val/accuracy"])
+            else:
+                log.info("%s, %.4f bits per byte", text, v["val/bits_per_byte"])
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._close()
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        self._close()
+
+    def _close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+
+class SampleText(L.Callback):
+    """After each validation, print a continuation of `prompt` and put it into TensorBoard's text tab.
+
+    Without a prompt, the tokenizer's `start` is continued. The text depends on weights and step alone: it has a random
+    generator of its own.
+    """
+
+    def __init__(self, prompt: str | None, max_new_tokens: int, temperature: float, top_k: int | None) -> None:
+        self.prompt, self.max_new_tokens, self.temperature, self.top_k = prompt, max_new_tokens, temperature, top_k
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        self.encode_prompt(trainer.datamodule.tokenizer)
+
+    def encode_prompt(self, tokenizer: Any) -> None:
+        """Raises UserError if the tokenizer cannot."""
+        try:
+            self._ids = tokenizer.encode(self.prompt or tokenizer.start)
+        except ValueError as error:
+            raise UserError(f"callbacks.sample_text.prompt: {error}") from None
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.sanity_checking or not trainer.is_global_zero:
+            return
+        if not math.isfinite(pl_module.validated["val/loss"]):
+            log.info("no sample: the validation loss is not finite")
+            return
+        text = self._sample(trainer, pl_module).strip("\n").replace("\n", "\n    ")
+        log.info("\n    %s\n", printable(text))
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):  # indented: Markdown leaves such text as it is
+                logger.experiment.add_text("samples", f"    {text}", trainer.global_step)
+
+    def _sample(self, trainer: L.Trainer, pl_module: L.LightningModule) -> str:
+        idx = torch.from_numpy(self._ids.astype("int64")).to(pl_module.device)[None]  # (1, T)
+        generator = torch.Generator(pl_module.device).manual_seed(trainer.global_step)
+        interrupts = [callback for callback in trainer.callbacks if isinstance(callback, Interrupts)]
+        ids = self._ids.tolist()
+        with trainer.precision_plugin.forward_context():
+            for next_id in generate(
+                pl_module.model,
+                idx,
+                self.max_new_tokens,
+                temperature=self.temperature,
+                top_k=self.top_k,
+                generator=generator,
+            ):
+                ids.append(int(next_id))
+                if any(callback.in_a_hurry for callback in interrupts):
+                    log.info("the sample is cut short: the run was asked to stop")
+                    break
+        return trainer.datamodule.tokenizer.decode(ids)

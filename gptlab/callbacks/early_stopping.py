@@ -1,4 +1,4 @@
-"""An end before max_steps, once a validation metric has stopped improving."""
+"""Ends a run before max_steps once a validation metric stops improving."""
 
 import lightning as L
 from lightning.pytorch import callbacks
@@ -6,7 +6,7 @@ from lightning.pytorch.callbacks.early_stopping import EarlyStoppingReason
 
 
 class EarlyStopping(callbacks.EarlyStopping):
-    """Lightning's, and a run that was killed between its end and its summary stays ended when it is resumed."""
+    """Lightning's; also, a run killed between its end and its summary stays ended when resumed."""
 
     def __init__(self, monitor: str, patience: int, min_delta: float) -> None:
         mode = "max" if monitor == "val/accuracy" else "min"
@@ -14,7 +14,7 @@ class EarlyStopping(callbacks.EarlyStopping):
 
     @property
     def why(self) -> str | None:
-        """Why the run was ended; None if it was not."""
+        """Why the run ended; None if it did not end here."""
         if self.stopping_reason == EarlyStoppingReason.NOT_STOPPED:
             return None
         if self.stopping_reason == EarlyStoppingReason.NON_FINITE_METRIC:

@@ -1,4 +1,4 @@
-"""An average of the weights over the last steps, which is often better than the weights themselves."""
+"""A moving average of the weights, which often generalizes better than the weights themselves."""
 
 from typing import Any
 
@@ -9,12 +9,12 @@ from torch import Tensor
 
 
 class EMA(WeightAveraging):
-    """Keeps an exponential moving average of the weights (Polyak and Juditsky 1992), which is what is validated, what
-    samples are drawn from and what a checkpoint's `state_dict` holds; training goes on with the weights themselves.
+    """Exponential moving average of the weights (Polyak and Juditsky 1992). Validation, samples and a checkpoint's
+    `state_dict` use the average; training continues with the weights themselves.
 
-    The average after step n + 1 is `d * average + (1 - d) * weights` with d = min(decay, (1 + n) / (10 + n)), so that
-    the first, bad weights are soon forgotten (TensorFlow's ExponentialMovingAverage with num_updates). Callbacks that
-    are to see the averaged weights in on_validation_end stand before this one; those that save checkpoints after it.
+    The average after step n + 1 is `d * average + (1 - d) * weights` with d = min(decay, (1 + n) / (10 + n)), which soon
+    forgets the first, bad weights (TensorFlow's ExponentialMovingAverage with num_updates). Callbacks that need the
+    averaged weights in on_validation_end come before this one; those that save checkpoints come after it.
     """
 
     def __init__(self, decay: float) -> None:
@@ -33,7 +33,7 @@ class EMA(WeightAveraging):
             torch._foreach_lerp_(averages, weights, 1 - min(self.decay, (1 + n) / (10 + n)))
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Not yet: samples are drawn in on_validation_end."""
+        """Swap back later: samples are drawn in on_validation_end."""
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self._swapped:
@@ -45,6 +45,6 @@ class EMA(WeightAveraging):
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(trainer, pl_module, checkpoint)
-        if self._swapped:  # somebody saves in the middle of a validation
+        if self._swapped:  # saved in the middle of a validation
             average, weights = checkpoint["current_model_state"], checkpoint["state_dict"]
             checkpoint.update(state_dict=average, current_model_state=weights)

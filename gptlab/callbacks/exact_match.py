@@ -1,4 +1,4 @@
-"""How many held-out problems are answered exactly."""
+"""Accuracy on held-out problems."""
 
 import logging
 
@@ -13,11 +13,11 @@ log = logging.getLogger(__name__)
 
 
 class ExactMatch(L.Callback):
-    """Where the data are problems, each validation measures val/accuracy: the share of held-out problems whose whole answer
-    the model writes when it takes the most likely symbol each time. Up to `show` of its mistakes are printed.
+    """For problem data sets, measures val/accuracy: the share of held-out problems whose whole answer greedy generation
+    gets right. Prints up to `show` wrong answers. Idle for other data.
 
-    Greedy generation writes the right answer exactly if the most likely symbol is the right one at every place of the
-    answer after the right ones before it: so one forward pass over question and answer measures it.
+    Greedy generation is right exactly if, after each right prefix of the answer, the most likely symbol is the right
+    one; so one forward pass over question and answer suffices.
     """
 
     def __init__(self, show: int) -> None:
@@ -44,17 +44,17 @@ class ExactMatch(L.Callback):
         if self._asked:
             counts = torch.tensor([int(self._exact), self._asked], device=pl_module.device)
             exact, asked = trainer.strategy.reduce(counts, reduce_op="sum").tolist()
-            pl_module.measured["val/accuracy"] = exact / asked
+            pl_module.extra_val_metrics["val/accuracy"] = exact / asked
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not (self._mistakes and trainer.is_global_zero):
             return
         data = trainer.datamodule
-        log.info("    some of its mistakes:")
+        log.info("    some wrong answers:")
         for problem in self._mistakes:
             new = generate(pl_module.model, problem[None, : data.n_question], data.n_answer, temperature=0)
             with trainer.precision_plugin.forward_context():
                 given = [*problem[: data.n_question].tolist(), *(int(next_id) for next_id in new)]
             question, right = data.written(problem.tolist())
-            if (wrong := data.written(given)[1]) != right:  # the same, where rounding decides between two symbols
+            if (wrong := data.written(given)[1]) != right:  # equal where rounding decides between two symbols
                 log.info("    %s%s, not %s", question, right, wrong)

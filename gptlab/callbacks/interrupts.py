@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import lightning as L
-import torch
+import torch.utils.data
 from lightning.pytorch.callbacks import Checkpoint
 from torch import distributed as dist
 
@@ -164,5 +164,6 @@ class Interrupts(Checkpoint):
 def _kill_workers() -> None:
     """Workers ignore SIGTERM, with which Python would end them at exit; one that was still starting would wait forever."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # the loader's handler raises for each worker that dies
+    torch.utils.data._utils.python_exit_status = True  # and the loader, which may be half made, is not to clean up
     for worker in multiprocessing.active_children():
         worker.kill()

@@ -8,7 +8,7 @@ import torch
 
 from gptlab.data.windows import TimedLoader
 
-# Dense peak of bf16 and fp16 matrix products, FLOP/s per device, from the vendors' data sheets.
+# Dense peak of bf16 and fp16 matrix products, FLOP/s per device, from the vendors' data sheets; the first that matches.
 PEAK_FLOPS = {
     "H200": 989e12,
     "H100 PCIe": 756e12,
@@ -19,13 +19,13 @@ PEAK_FLOPS = {
     "4090": 165e12,
     "V100": 125e12,
     "T4": 65e12,
-}  # the first name that the device's contains
+}
 
 
 class Throughput(L.Callback):
-    """Logs train/tokens_per_s and, where the device's peak is known, train/mfu (model FLOPs utilisation, PaLM,
-    Chowdhery et al. 2022). The clock runs over training steps and stands still during validation and sampling.
-    train/data_wait is the share of that time in which training waited for the next batch."""
+    """Logs train/tokens_per_s, train/data_wait (the share of time spent waiting for the next batch) and, where the
+    device's peak is known, train/mfu (model FLOPs utilization, PaLM, Chowdhery et al. 2022). The clock runs over training
+    steps and stands still during validation and sampling."""
 
     def __init__(self) -> None:
         self.tokens = self.seconds = 0.0  # of the whole process
@@ -53,16 +53,20 @@ class Throughput(L.Callback):
         if trainer.global_step % pl_module.log_every == 0 or trainer.should_stop:
             self._stop_clock(trainer, pl_module.device)
             self._start_clock(trainer)
-            speed = self._interval_tokens / self._interval_seconds
-            metrics = {"train/tokens_per_s": speed}
-            if isinstance(trainer.train_dataloader, TimedLoader):
-                metrics["train/data_wait"] = self._interval_waited / self._interval_seconds
+            if self._interval_seconds:  # 0: a clock that stands still
+                pl_module.log_metrics(self._interval_metrics(trainer))
             self.tokens += self._interval_tokens
             self.seconds += self._interval_seconds
             self._interval_tokens = self._interval_seconds = self._interval_waited = 0.0
-            if self._mfu_per_token:
-                metrics["train/mfu"] = speed * self._mfu_per_token
-            pl_module.log_metrics(metrics)
+
+    def _interval_metrics(self, trainer: L.Trainer) -> dict[str, float]:
+        speed = self._interval_tokens / self._interval_seconds
+        metrics = {"train/tokens_per_s": speed}
+        if isinstance(trainer.train_dataloader, TimedLoader):
+            metrics["train/data_wait"] = self._interval_waited / self._interval_seconds
+        if self._mfu_per_token:
+            metrics["train/mfu"] = speed * self._mfu_per_token
+        return metrics
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self._since is not None:
@@ -80,7 +84,7 @@ class Throughput(L.Callback):
 
 
 def peak_flops(device: torch.device, precision: str) -> float | None:
-    """Peak of 16-bit matrix products on this device, or None where it is not known or not what is used."""
+    """Peak of 16-bit matrix products on this device, or None if unknown or not used."""
     if device.type != "cuda" or not precision.startswith(("bf16", "16")):
         return None
     name = torch.cuda.get_device_name(device)

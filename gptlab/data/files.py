@@ -55,7 +55,8 @@ def text_files(path: str | None, key: str) -> list[Path]:
             raise MissingFileError(f"{given}: no such file, and no match as a glob")
     else:
         files = [Path(place)]
-    if not any([_file_size(file, given) for file in files]):
+    sizes = [_file_size(file, given) for file in files]
+    if not any(sizes):
         raise UserError(f"{given} is empty; give a text")
     return files
 

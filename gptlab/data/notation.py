@@ -20,6 +20,7 @@ class Addition(NamedTuple):
 
     @property
     def example(self) -> str:
+        """A question, for advice."""
         return f"{85 % 10**self.ndigit}+{50 % 10**self.ndigit}="
 
     def parse(self, text: str) -> str | None:

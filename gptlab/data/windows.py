@@ -10,6 +10,7 @@ Step s takes the sequences s * batch_size ... (s + 1) * batch_size - 1, and each
 what a step sees depends neither on the number of processes or workers nor on where a run was interrupted.
 """
 
+import atexit
 import multiprocessing
 import os
 import signal
@@ -160,7 +161,7 @@ def ids_and_mask(batch: Batch) -> tuple[Tensor, Tensor | None]:
     ids, mask = batch if isinstance(batch, (tuple, list)) and len(batch) == 2 else (batch, None)
     if isinstance(mask, Tensor) and mask.dtype != torch.bool:
         raise UserError(
-            "data._target_ yields pairs, such as inputs and targets; it must yield ids (b, T + 1), or ids and a mask of "
+            "the data set yields pairs, such as inputs and targets; it must yield ids (b, T + 1), or ids and a mask of "
             "type bool: gptlab shifts the targets by one itself"
         )
     if (
@@ -197,7 +198,7 @@ class WindowData(L.LightningDataModule):
     - `record`: plain values that identify the data, at least `name` and `sha256`; they go into every file of a run, and
       a resume refuses data with another record.
     - `resolved`: existing keys of the config's `data` node that preparing decided, such as a path made absolute, for a
-      resume; {} if none. `warning`: shown at the start and the end, or None.
+      resume; {} if none.
     - `tokenizer`: `vocab_size`; `encode(text)` -> ids (n,), an integer array, ValueError for what it cannot encode;
       `decode(ids)` -> str, of an iterable of int, with U+FFFD for incomplete characters; `start`, the text that
       replaces an empty prompt; `token_bytes()`, the bytes of text per token, an array (vocab_size,) of integers;
@@ -225,7 +226,6 @@ class WindowData(L.LightningDataModule):
         self.seed, self.name, self.block_size, self.batch_size = seed, name, block_size, batch_size
         self.micro_batch_size, self.val_windows, self.workers = micro_batch_size, val_windows, workers or 0
         self.resolved: dict[str, Any] = {}
-        self.warning: str | None = None
         self.checked = False
 
     def check_lengths(self, source: str | Path) -> None:
@@ -271,31 +271,36 @@ class WindowData(L.LightningDataModule):
         return ValBatches(ids, self.block_size, self.val_windows, batch_size, rank, world_size)
 
     def _loader(self, dataset: Dataset, sampler: Any) -> DataLoader:
+        if self.workers:
+            atexit.register(_kill_workers)
         return TimedLoader(
             dataset,
             sampler=sampler,
             batch_size=None,
             num_workers=self.workers,
             persistent_workers=self.workers > 0,
-            worker_init_fn=_end_with_main_process if self.workers else None,
+            worker_init_fn=_start_worker if self.workers else None,
             pin_memory=self.trainer.strategy.root_device.type == "cuda",  # copied while the GPU computes
         )
 
 
-def _end_with_main_process(worker: int) -> None:
-    """In a worker: signals from a terminal or cluster, which reach all processes of a run, are the main process's, which
-    still needs batches to reach the end of its step. A worker ends when that process ends it or is gone, whatever it is
-    doing."""
+def _start_worker(worker: int) -> None:
+    """Signals from a terminal or cluster reach all processes of a run, but the main process still needs batches to reach
+    the end of its step: a worker ignores them, and ends with the main process, whatever it is doing."""
     for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(signum, signal.SIG_IGN)
-    if hasattr(signal, "sigtimedwait"):  # not on macOS
-        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])  # ignored only while it is not blocked
-        threading.Thread(target=_watch_main_process, args=(os.getppid(),), daemon=True).start()
+    threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
 
 
-def _watch_main_process(parent: int) -> None:
-    while os.getppid() == parent:
-        received = signal.sigtimedwait([signal.SIGTERM], 1.0)
-        if received is not None and received.si_pid == multiprocessing.parent_process().pid:
-            break
+def _end_with_parent(parent: int) -> None:
+    while os.getppid() == parent and multiprocessing.parent_process().is_alive():  # the parent may be a fork server
+        time.sleep(1)
     os._exit(1)
+
+
+def _kill_workers() -> None:
+    """At exit, when everything is saved: else multiprocessing would wait for a worker that hangs, forever."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would complain
+    for child in multiprocessing.active_children():
+        if child.daemon:
+            child.kill()

@@ -1,0 +1,10 @@
+"""Text from outside on its way to the terminal."""
+
+import re
+
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but newline and tab
+
+
+def printable(text: str) -> str:
+    r"""Show control characters, such as the one that starts terminal commands, as `\x1b` instead of obeying them."""
+    return CONTROL.sub(lambda match: f"\\x{ord(match[0]):02x}", text)

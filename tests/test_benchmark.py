@@ -1,0 +1,98 @@
+"""scripts/benchmark.py: how it measures and reports, on small stand-ins for training programs."""
+
+import json
+import math
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+SCRIPTS = Path(__file__).parents[1] / "scripts"
+sys.path.insert(0, str(SCRIPTS))
+import benchmark  # noqa: E402
+
+STEPS = """
+import time
+for step in range(1000):
+    print(f"iter {step}:", flush=True)
+    time.sleep(0.05 if step > 10 else 0.2)
+"""  # 20 steps per second after the 10th
+
+
+def program(folder: Path, code: str) -> benchmark.Program:
+    return benchmark.Program(
+        [sys.executable, "-c", code],
+        cwd=folder,
+        output=folder / "output.txt",
+        log=folder / "output.txt",
+        step_pattern=r"iter (\d+):",
+        tokens_per_step=lambda: 100,
+    )
+
+
+def test_speed_is_that_after_the_warm_up(tmp_path):
+    """The first steps are slow: counted in, they would lower the speed. The program, which would run for 50 s, is ended."""
+    began = time.perf_counter()
+    speeds = benchmark.measure_speeds([program(tmp_path, STEPS)], warm_up=12, seconds=1.0)
+    assert len(speeds) == 1 and 1000 < speeds[0] <= 2010  # at most 20 steps of 100 tokens per second
+    assert time.perf_counter() - began < 30
+
+
+@pytest.mark.parametrize("code", ["print('iter 1:'); raise SystemExit('no such thing')", "print('no such thing')"])
+def test_a_program_that_ends_is_an_error_with_its_output(tmp_path, code):
+    """Else a run that failed would count as a slow one."""
+    with pytest.raises(SystemExit, match="no such thing"):
+        benchmark.measure_speeds([program(tmp_path, code)], warm_up=5, seconds=1)
+
+
+def test_rounds_alternate_and_ratios_are_taken_within_a_round(tmp_path, monkeypatch, capsys):
+    """The machine gets ten times slower from round to round; a ratio of medians would be 1, that of each round is 2."""
+    order = []
+
+    def part(options, folder):
+        def measure(name):
+            order.append(name)
+            return {name: {"ours": 2.0, "theirs": 1.0}[name] * 10.0 ** (len(order) // 3)}
+
+        return benchmark.Plan("s", [lambda: measure("ours"), lambda: measure("theirs")], [("ours", "theirs")])
+
+    monkeypatch.setitem(benchmark.PARTS, "startup", part)
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", "startup", "--rounds=2", f"--json={tmp_path / 'out.json'}"])
+    benchmark.main()
+    report = json.loads((tmp_path / "out.json").read_text())
+    assert order == ["ours", "theirs", "theirs", "ours"]
+    assert report["values"] == {"ours": [2.0, 20.0], "theirs": [1.0, 10.0], "ours / theirs": [2.0, 2.0]}
+    assert report["machine"]["cores"] >= 1 and report["machine"]["torch"]
+    assert "ours / theirs" in capsys.readouterr().out
+
+
+def test_a_program_that_made_no_steps_has_no_ratio():
+    assert math.isnan(benchmark.summarize([{"a": 1.0, "b": 0.0}], [("a", "b")])["a / b"][0])
+
+
+def test_generated_documents_are_of_the_size_asked_for(tmp_path):
+    benchmark.write_documents(tmp_path / "documents.jsonl", 300_000)
+    lines = (tmp_path / "documents.jsonl").read_text("utf-8").splitlines()
+    assert 300_000 <= (tmp_path / "documents.jsonl").stat().st_size < 2_000_000
+    assert all(json.loads(line)["text"] for line in lines)
+
+
+@pytest.mark.parametrize("arguments", [["train"], ["prepare"], ["no_such_part"], ["busy", "--rounds=x"]])
+def test_wrong_arguments(arguments):
+    with pytest.raises(SystemExit) as error:
+        benchmark.parse(arguments)
+    assert error.value.code == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "part, column", [("startup", "until first step"), ("guards", "without guards"), ("busy", "two at once")]
+)
+def test_parts_run(tmp_path, part, column):
+    """On gptlab as it is: the step without guards reaches into the module."""
+    command = [sys.executable, str(SCRIPTS / "benchmark.py"), part, "--rounds=1", "--seconds=2", "--warm-up=4"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert column in done.stdout

@@ -1,0 +1,257 @@
+"""The run folder: who may write there, how it is found, and what is logged into it."""
+
+import csv
+import errno
+import json
+import math
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+from conftest import TINY
+
+from gptlab import run as run_module
+from gptlab.errors import MissingFileError, UserError
+from gptlab.loggers import CSVTable
+from gptlab.run import Metrics, Run, find_checkpoint, write_json
+from gptlab.targets import foreign_targets, require_trust
+
+CONFIG = {
+    "trainer": {"accelerator": "cpu", "devices": 1, "precision": "32"},
+    "tags": ["a"],
+    "texts": ["${seed}", "é\n"],
+}
+
+
+def record(run: Run, resumed_at: int | None = None, **config) -> dict:
+    run.write_record(CONFIG | config, data={"name": "d"}, tokenizer={}, device="cpu", resumed_at=resumed_at)
+    return json.loads((run.folder / "run.json").read_text())
+
+
+@pytest.fixture
+def outputs(tmp_path, monkeypatch) -> list[Run]:
+    """Two runs, the newer first, in the working directory."""
+    monkeypatch.chdir(tmp_path)
+    runs = [Run(Path("outputs/new (2)")), Run(Path("sweeps/a/0"))]
+    for age, run in enumerate(runs):
+        record(run)
+        os.utime(run.folder / "config.yaml", (1e9 - age, 1e9 - age))
+    return runs
+
+
+def test_what_is_imported():
+    """A config is checked in less time than torch takes, and sampling starts without Lightning's 2.5 s."""
+    program = (
+        "import sys; import gptlab.resume, gptlab.report, gptlab.targets; assert not {'torch', 'hydra'} & set(sys.modules);"
+        "import gptlab.checkpoint, gptlab.sample, gptlab.model; assert 'lightning' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_finding_runs(outputs):
+    """Named as they can be typed; what lacks a file of a run is none, and a folder within one is told which."""
+    new, old = outputs
+    assert Run.find("latest").folder == new.folder and Run.find("sweeps/a/0").folder == old.folder
+    Path("outputs/copy").mkdir()
+    Path("outputs/copy/config.yaml").touch()
+    (old.folder / "checkpoints").mkdir()
+    newest = r"newest runs here: 'outputs/new \(2\)', sweeps/a/0$"
+    for name, said in (
+        ("outputs", f"outputs is not a run folder .no config.yaml.; {newest}"),
+        ("typo", f"typo does not exist; {newest}"),
+        ("", f"'' does not exist; {newest}"),
+        ("~nobody-of-that-name", "does not exist"),
+        ("a\0b", "does not exist"),
+        ("x" * 300, "does not exist"),
+        ("sweeps/a/0/checkpoints", "lies in one: use sweeps/a/0$"),
+    ):
+        with pytest.raises(MissingFileError, match=said):
+            Run.find(name)
+    os.chdir(old.folder)
+    with pytest.raises(MissingFileError, match=r"latest does not exist; newest runs here: none"):
+        Run.find("latest")
+
+
+def test_finding_checkpoints(outputs):
+    """The best one, else the newest; a milestone by its file."""
+    new, _ = outputs
+    with pytest.raises(MissingFileError, match=r"'outputs/new .2.' has no checkpoint"):
+        find_checkpoint("latest")
+    folder = new.folder / "checkpoints"
+    folder.mkdir()
+    for name in ("step_00001000", "previous", "last", "best"):
+        (folder / f"{name}.ckpt").touch()
+        assert find_checkpoint(str(folder / f"{name}.ckpt")).stem == name
+        if name in ("last", "best"):
+            assert find_checkpoint("latest").stem == name
+    assert [path.stem for path in new.checkpoints()] == ["last", "previous", "best"]
+
+
+def test_of_two_processes_one_gets_the_folder(tmp_path):
+    run = Run(tmp_path / "run")
+    program = (
+        f"from gptlab.run import Run; Run({str(run.folder)!r}).claim(resuming=True); print('mine', flush=True); input()"
+    )
+    other = subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert other.stdout.readline() == "mine\n"
+    with pytest.raises(UserError, match=rf"in use by another process \({other.pid} on "):
+        run.claim(resuming=False)
+    other.kill()
+    other.wait()
+    run.claim(resuming=False)
+    run.release()
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "metrics.jsonl", "checkpoints"])
+def test_files_of_a_user_are_not_overwritten(tmp_path, name):
+    """Such as the config.yaml of another program, in a project's folder. Nothing is left there."""
+    (tmp_path / name).mkdir()
+    with pytest.raises(UserError, match=f"already holds a run .{name}.; continue it with resume="):
+        Run(tmp_path).claim(resuming=False)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    Run(tmp_path).claim(resuming=True)
+    Run(tmp_path).release()
+
+
+@pytest.mark.parametrize(("resuming", "fix"), [(False, "set hydra.run.dir="), (True, "resume a copy")])
+@pytest.mark.parametrize("name", ["run", "train.log", ".lock"])
+def test_a_folder_that_cannot_be_written_to(tmp_path, monkeypatch, name, resuming, fix):
+    """Said before anything else is done. (Tests may run as root, who may write anywhere.)"""
+
+    def refuse(*_, **__):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    run = Run(tmp_path / "run")
+    run.folder.mkdir()
+    (run.folder / "train.log").touch()
+    if name == ".lock":
+        monkeypatch.setattr(run_module, "open", refuse, raising=False)
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != name)
+    with pytest.raises(UserError, match=rf"cannot write to \S*{'run' if name == '.lock' else name} \(.*{fix}"):
+        run.claim(resuming=resuming)
+
+
+def test_the_record_of_a_run_and_its_resumes(tmp_path):
+    """run.json is for people: lost or damaged, it is rewritten. Texts come back as they are."""
+    run = Run(tmp_path)
+    about = record(run)
+    assert about["machine"] == CONFIG["trainer"] and about["data"] == {"name": "d"} and "resumed" not in about
+    run.write_summary({"status": "finished"})
+    assert [entry["step"] for entry in record(run, resumed_at=3, seed=2, trust=True)["resumed"]] == [3]
+    assert run.read_summary() is None and run.read_config() == {**CONFIG, "seed": 2}
+    assert [entry["step"] for entry in record(run, resumed_at=5)["resumed"]] == [3, 5]
+    for damage in (lambda path: path.unlink(), lambda path: path.write_text('{"command": [')):
+        damage(tmp_path / "run.json")
+        assert [entry["step"] for entry in record(run, resumed_at=7)["resumed"]] == [7]
+
+
+@pytest.mark.parametrize("content", ["a: [1", "null", "\0", "[" * 2000, "2001-99-99", b"\xff"])
+def test_a_damaged_config_is_named(tmp_path, content):
+    (tmp_path / "config.yaml").write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(UserError, match=r"config.yaml is damaged; restore it"):
+        Run(tmp_path).read_config()
+
+
+def test_json_has_no_nan(tmp_path):
+    write_json(tmp_path / "x.json", {"a": {"b": math.inf}, "c": 1.0})
+    assert json.loads((tmp_path / "x.json").read_text(), parse_constant=pytest.fail) == {"a": {"b": None}, "c": 1.0}
+
+
+def metrics_with(tmp_path: Path, lines: list[dict]) -> Path:
+    metrics = Metrics(tmp_path / "metrics.jsonl", {"name": "d"})
+    for line in lines:
+        metrics.append({name: value for name, value in line.items() if name != "step"}, line["step"])
+    metrics.sync()
+    return metrics.path
+
+
+LINES = [{"step": 0, "val/loss": 4.0}, {"step": 2, "train/loss": math.nan}, {"step": 2, "val/loss": 3.0}, {"step": 4, "train/loss": 2.0}]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("start", "due", "kept"), [(0, False, 0), (2, False, 3), (2, True, 2), (3, True, 3), (4, False, 4)]
+)
+def test_a_resume_drops_what_it_will_log_again(tmp_path, start, due, kept):
+    """And nothing else, nor before it logs something: it may yet be refused."""
+    path = metrics_with(tmp_path, LINES)
+    with open(path, "a") as file:
+        file.write('{"step": 5, "train/lo')  # a kill
+    content, expected = path.read_text(), [{**line, "train/loss": None} if line.get("train/loss") != line.get("train/loss") else line for line in LINES]  # fmt: skip
+    metrics = Metrics(path, {"name": "d"}, start, validation_due=due)
+    assert metrics.kept == expected[:kept] and path.read_text() == content
+    metrics.append({"train/loss": 9.0}, 9)
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert lines == [{"step": 0, "data": {"name": "d"}}, *expected[:kept], {"step": 9, "train/loss": 9.0}]
+
+
+def test_damaged_and_missing_metrics(tmp_path, caplog):
+    """They are what the run has to show: never thrown away unasked."""
+    path = metrics_with(tmp_path, LINES)
+    path.write_bytes(path.read_bytes().replace(b"}\n", b"\n", 1).replace(b'"val', b"val", 1))
+    with pytest.raises(UserError, match=r"metrics.jsonl is damaged .*; repair it, or move it away"):
+        Metrics(path, {"name": "d"}, 2)
+    path.unlink()
+    assert Metrics(path, {"name": "d"}, 2).kept == [] and "is missing: it restarts after step 2" in caplog.text
+
+
+def test_csv_table(tmp_path):
+    """A row per step, from metrics.jsonl, whatever is at its end."""
+    table = CSVTable(str(tmp_path))
+    table.save()
+    assert not (tmp_path / "metrics.csv").exists()
+    path = metrics_with(tmp_path, LINES)
+    with open(path, "a") as file:
+        file.write('{"step": 5, "train/lo')
+    table.finalize("failed")
+    with open(tmp_path / "metrics.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert [tuple(row.values()) for row in rows] == [("0", "4.0", ""), ("2", "3.0", ""), ("4", "", "2.0")]
+    assert list(rows[0]) == ["step", "val/loss", "train/loss"]
+
+
+def test_weights_and_biases_without_a_key(gptlab, tmp_path):
+    """A stand-in for the package, which fails as wandb.init does; the text is its own, and what to do."""
+    (tmp_path / "site/wandb/sdk/lib").mkdir(parents=True)
+    (tmp_path / "site/wandb-0.23.0.dist-info").mkdir()
+    (tmp_path / "site/wandb-0.23.0.dist-info/METADATA").write_text(
+        "Metadata-Version: 2.1\nName: wandb\nVersion: 0.23.0\n"
+    )
+    for name in ("sdk/__init__", "wandb_run", "sdk/lib/__init__"):
+        (tmp_path / f"site/wandb/{name}.py").write_text("class Run: pass\nclass RunDisabled: pass\n")
+    (tmp_path / "site/wandb/errors.py").write_text("class Error(Exception): pass\nclass UsageError(Error): pass\n")
+    (tmp_path / "site/wandb/__init__.py").write_text(
+        textwrap.dedent("""
+        from wandb.errors import UsageError
+        run = None
+        def init(**arguments):
+            raise UsageError("No API key configured. Use `wandb login` to log in.\\nmore")
+        """)
+    )
+    arguments = [*TINY, "logger=wandb", "hydra.run.dir=run"]
+    stderr = gptlab("train", *arguments, status=2, PYTHONPATH=str(tmp_path / "site")).stderr
+    assert "error: logger=wandb: No API key configured" in stderr and "add logger.offline=true" in stderr
+    assert "Traceback" not in stderr
+
+
+def test_foreign_targets():
+    """Only full names are known, at any depth; and a file that nests a list a billionfold costs nothing."""
+    laughs: list = ["ha"]
+    for _ in range(64):
+        laughs = [laughs, laughs]
+    loop: dict = {}
+    loop["again"] = [loop, {"_target_": "b.C"}]
+    config = {"_target_": "ours.A", "x": [{"y": {"_target_": "ours.A.os.system"}}], "z": laughs, "loop": loop, "t": ({"_target_": ["ours.A"]},)}  # fmt: skip
+    expected = ["a _target_ that is not a name", "b.C", "ours.A.os.system"]
+    assert foreign_targets(config, {"ours.A"}) == expected
+    assert require_trust("run", config, {"ours.A"}, trust=True) == expected
+    assert foreign_targets({"_target_": "ours.A", "_target": "b.C"}, {"ours.A"}) == []
+    with pytest.raises(UserError, match=r"run needs .*b.C, .*trust=true"):
+        require_trust("run", config, {"ours.A"}, trust=False)
+
+
+def test_yaml_that_refers_to_itself(tmp_path):
+    (tmp_path / "config.yaml").write_text("a: &a [*a, {_target_: b.C}]\n")
+    assert foreign_targets(Run(tmp_path).read_config(), ()) == ["b.C"]
