@@ -24,11 +24,11 @@ def test_default_run_folder_is_the_contract(new_process, tmp_path):
     (run,) = (tmp_path / "outputs/python_docs").iterdir()
     names = {str(path.relative_to(run)) for path in run.rglob("*") if path.is_file() and "tfevents" not in path.name}
     assert names == {
-        "config.yaml", "run.json", "metrics.jsonl", "summary.json", "train.log", "tensorboard/hparams.yaml",
+        "config.yaml", "run.json", "metrics.jsonl", "summary.json", "train.log",
         "checkpoints/best.ckpt", "checkpoints/last.ckpt", "checkpoints/previous.ckpt",
         ".hydra/config.yaml", ".hydra/hydra.yaml", ".hydra/overrides.yaml", ".lock", ".saved",
     }  # fmt: skip
-    assert list(run.glob("tensorboard/events.out.tfevents.*"))
+    assert list(run.glob("events.out.tfevents.*"))
 
     config = yaml.safe_load((run / "config.yaml").read_text())
     assert "${" not in (run / "config.yaml").read_text()
@@ -66,10 +66,15 @@ def test_tensorboard_shows_scalars_config_and_hyper_parameters(gptlab, tmp_path)
     gptlab("train", *TINY, "hydra.run.dir=run", "tags=[first]")
     gptlab("train", "resume=run", "trainer.max_steps=6")
     events = EventAccumulator(str(tmp_path / "run")).Reload()
-    assert {tag.partition("/")[0] for tag in events.Tags()["scalars"]} == {"train", "val"}
+    assert {tag.partition("/")[0] for tag in events.Tags()["scalars"]} == {
+        "train",
+        "train_health",
+        "train_speed",
+        "val",
+    }
     assert [event.step for event in events.Scalars("train/loss")] == [1, 2, 3, 4, 5, 6]
     assert [event.step for event in events.Scalars("val/loss")] == [0, 2, 4, 6]
-    config = events.Tensors("config/text_summary")[-1].tensor_proto.string_val[0].decode()
+    config = events.Tensors("settings/text_summary")[-1].tensor_proto.string_val[0].decode()
     assert all(line.startswith("    ") for line in config.splitlines() if line)  # code, for Markdown
     assert yaml.safe_load(textwrap.dedent(config))["model"]["n_layer"] == 3
     content = events.summary_metadata["_hparams_/session_start_info"].plugin_data.content
