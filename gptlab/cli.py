@@ -196,7 +196,7 @@ def arrange(argv: list[str], entry: str) -> list[str]:
             overrides.append(f"hardware={detect_hardware()}")
         if is_first_process():
             overrides += replace_missing_data(overrides, parsed.config_dir)
-        if parsed.multirun:
+        if parsed.multirun and notes:
             print("\n".join(notes))
     return flags + overrides
 

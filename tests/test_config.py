@@ -147,7 +147,6 @@ RANGES = {
     **dict.fromkeys(("callbacks.sample_text.prompt",), OPTIONAL_STRING), "callbacks.sample_text.max_new_tokens": SIZE,
     "callbacks.sample_text.temperature": AMOUNT, "callbacks.sample_text.top_k": OPTIONAL_COUNT,
     "callbacks.checkpointing.every": COUNT, "callbacks.checkpointing.keep_every": OPTIONAL_COUNT,
-    "logger.name": STRING, "logger.version": STRING, "logger.default_hp_metric": SWITCH,
 }  # fmt: skip
 OTHERS = {
     "data=addition": {"data.block_size": OPTIONAL_COUNT, "data.ndigit": ([1, 100], [0, 101, 1.5, None, True])},
@@ -347,11 +346,11 @@ def test_everything_is_reported_at_once():
     """Unknown keys, types, ranges and rules; a rule over a key that is wrong by itself stays silent."""
     changes = {
         "optim.lrr": 1, "seed": "x", "model.dropout": 1, "callbacks.sample_text.top_k": 0, "trainer.devices": 20,
-        "model.n_head": 5, "logger.name": None, "optim.min_lr": -1, "nonsense": 1,
+        "model.n_head": 5, "logger.nme": 1, "optim.min_lr": -1, "nonsense": 1,
     }  # fmt: skip
     lines = wrong(("train",), changes)
     starts = ["unknown key optim.lrr", "seed=x", "model.dropout=1", "callbacks.sample_text.top_k=0", "data.batch_size=12",
-              "model.n_embd=128", "logger.name=null", "optim.min_lr=-1", "unknown key nonsense"]  # fmt: skip
+              "model.n_embd=128", "unknown key logger.nme", "optim.min_lr=-1", "unknown key nonsense"]  # fmt: skip
     assert sorted(line.startswith(start) for start in starts for line in lines).count(True) == len(lines) == len(starts)
 
 
@@ -415,7 +414,7 @@ def test_schemas_are_what_the_classes_take(target):
     if target.startswith("lightning."):  # which take more
         assert keys <= taken
     else:  # but for what the run knows, and what is done with the model once it is built
-        given = {"gptlab.model.GPT": {"vocab_size", "block_size"}}.get(target, {"seed", "save_dir"})
+        given = {"gptlab.model.GPT": {"vocab_size", "block_size"}}.get(target, {"seed", "save_dir", "purge_step"})
         assert keys - {"compile"} == taken - given
 
 

@@ -51,7 +51,9 @@ def test_the_wheel_holds_the_package_and_all_of_conf(wheel):
     """A YAML file that is left out would be missed only by those who install the wheel."""
     files = {path for path in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in path}
     conf = {f"gptlab/{path.relative_to(CHECKOUT)}" for path in (CHECKOUT / "conf").rglob("*") if path.is_file()}
-    code = {str(path.relative_to(CHECKOUT)) for path in (CHECKOUT / "gptlab").rglob("*.py")}
+    code = {
+        str(path.relative_to(CHECKOUT)) for path in (CHECKOUT / "gptlab").rglob("*") if path.suffix in (".py", ".md")
+    }
     assert files == conf | code  # and no tests
 
 

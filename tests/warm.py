@@ -1,5 +1,5 @@
 """Runs `python -m MODULE ARGUMENTS...` in forks of a process that has imported what takes long, and nothing of gptlab:
-a fifth of the time of a new process, and the same in all that the tests look at. Requests and answers are lines of JSON.
+a fifth of the time of a new process, and it behaves the same in every test. Requests and answers are lines of JSON.
 """
 
 # ruff: noqa: F401
