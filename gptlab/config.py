@@ -472,6 +472,8 @@ def _describe(key: str, error: Any, values: dict[str, Any]) -> str:
     if kind == "missing":
         fix = "name the class to build, such as my_package.MyClass" if "_target_" in key else f"add {key}=VALUE"
         return f"{key} is missing; {fix}"
+    if isinstance(given, int) and abs(given) >= 2**64:
+        given = hex(given)  # Python refuses to write thousands of digits
     shown = f"{key}={YAML_NAMES.get(repr(given), given)!s:.80}"
     if kind in ("dict_type", "model_type"):
         choose = (
