@@ -3,14 +3,12 @@
     conf/*.yaml + command line --Hydra--> plain values --validate--> Train | Sample | Prepare
 
 Types and ranges are pydantic models, one per node of the config; a node with a `_target_` is checked by the model of
-that class (`NODES`), any other class is custom and takes what it takes. A condition on several keys is a `rule`.
+that class (`NODES`), any other class is custom and takes what it takes. Conditions on several keys are in rules.py.
 """
 
 import difflib
-import importlib.util
-import os
 import re
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -20,7 +18,6 @@ from gptlab.errors import UserError
 from gptlab.tokenizer import MAX_VOCAB_SIZE
 
 VALIDATED = ("val/loss", "val/perplexity", "val/bits_per_byte")  # what each validation measures
-OPENWEBTEXT = "Skylion007/openwebtext"  # on the Hugging Face hub
 PRECISIONS = {"32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}  # ours -> Lightning's
 
 _package = Path(__file__).resolve().parent
@@ -258,156 +255,6 @@ class Prepare(Node):
 
 
 ENTRIES = {"train": Train, "sample": Sample, "prepare": Prepare}
-RULES: dict[str, list[tuple[tuple[str, ...], Callable[..., Iterator[str]]]]] = {entry: [] for entry in ENTRIES}
-
-
-def rule(*keys: str, entry: str = "train") -> Callable:
-    """A check of several keys together, which yields what is wrong; skipped where one of the keys is wrong by itself."""
-
-    def register(check: Callable) -> Callable:
-        RULES[entry].append((keys, check))
-        return check
-
-    return register
-
-
-@rule("model.n_embd", "model.n_head")
-def heads_share_the_channels(n_embd: int | None, n_head: int | None) -> Iterator[str]:
-    if isinstance(n_embd, int) and isinstance(n_head, int) and n_head and n_embd % n_head:
-        yield f"model.n_embd={n_embd} must be divisible by model.n_head={n_head}"
-
-
-@rule("model")
-def model_takes_plain_values(model: dict) -> Iterator[str]:
-    for key in model:
-        if key.startswith("_") and key != "_target_":
-            yield f"unknown key model.{key}; a model is built from _target_ and plain values"
-
-
-@rule("model", "data", "callbacks", "logger")
-def packages_are_installed(model: dict, data: dict, callbacks: dict | None, logger: dict | None) -> Iterator[str]:
-    nodes = {"model": model, "data": data, "logger": logger}
-    nodes |= {f"callbacks.{name}": node for name, node in (callbacks or {}).items()}
-    for key, node in nodes.items():
-        if node and importlib.util.find_spec(package := node["_target_"].partition(".")[0]) is None:
-            yield f"{key}._target_={node['_target_']}: no package {package!r} here; install it, or run in its folder"
-    if logger and logger["_target_"].endswith(".WandbLogger") and importlib.util.find_spec("wandb") is None:
-        yield "logger=wandb needs Weights & Biases: pip install 'gptlab[wandb]'"
-
-
-@rule("trainer.precision", "trainer.accelerator")
-def cpus_have_no_fp16(precision: str, accelerator: str) -> Iterator[str]:
-    if precision == "fp16" and accelerator == "cpu":
-        yield "trainer.precision=fp16 needs a GPU; on a CPU use 32 or bf16"
-
-
-@rule("trainer.devices", "trainer.num_nodes", "data.batch_size", "data.val_windows")
-def each_process_has_work(devices: int, num_nodes: int, batch_size: Any, val_windows: Any) -> Iterator[str]:
-    processes = devices * num_nodes
-    for key, value in (("batch_size", batch_size), ("val_windows", val_windows)):
-        if isinstance(value, int) and value < processes:
-            yield f"data.{key}={value} must be >= the number of processes, {processes}"
-    started = os.environ.get("WORLD_SIZE", "")  # torchrun's
-    if started.isdigit() and int(started) != processes:
-        per_node = int(started) // num_nodes if int(started) % num_nodes == 0 else f"{started} trainer.num_nodes=1"
-        yield (
-            f"{started} processes were started (WORLD_SIZE), but trainer.devices={devices} x trainer.num_nodes="
-            f"{num_nodes} is {processes}; add trainer.devices={per_node}"
-        )
-
-
-@rule("data.workers")
-def workers_have_cores(workers: Any) -> Iterator[str]:
-    from gptlab.data.files import available_cores
-
-    most = 4 * available_cores()
-    if isinstance(workers, int) and workers > most:
-        yield f"data.workers={workers} must be <= {most}, four times the {most // 4} available cores"
-
-
-# What gptlab itself tells Lightning's Trainer.
-NOT_EXTRA = ("accelerator", "devices", "num_nodes", "strategy", "precision", "max_steps", "max_epochs", "max_time",
-             "val_check_interval", "check_val_every_n_epoch", "num_sanity_val_steps", "logger", "log_every_n_steps",
-             "callbacks", "enable_checkpointing", "plugins", "use_distributed_sampler", "default_root_dir",
-             "enable_progress_bar", "enable_model_summary")  # fmt: skip
-
-
-@rule("trainer.extra")
-def extra_is_not_ours(extra: dict) -> Iterator[str]:
-    for key in sorted(extra.keys() & NOT_EXTRA):
-        instead = f"; use trainer.{key}" if key in Trainer.model_fields else ""
-        yield f"trainer.extra.{key} is set by gptlab{instead}"
-
-
-@rule("optim.lr", "optim.min_lr", "optim.schedule")
-def cosine_falls(lr: float, min_lr: float, schedule: str) -> Iterator[str]:
-    if schedule == "cosine" and min_lr > lr:
-        yield f"optim.min_lr={min_lr} must be <= optim.lr={lr}"
-
-
-@rule("optim.warmup_steps", "optim.decay_steps", "optim.schedule", "trainer.max_steps", "resume")
-def warmup_ends(warmup: int | str, decay: int, schedule: str, max_steps: int, resume: str | None) -> Iterator[str]:
-    ends = {} if resume else {"trainer.max_steps": max_steps}  # a resume may end a run earlier than planned
-    ends |= {"optim.decay_steps": decay} if schedule == "cosine" else {}
-    for key in sorted(ends, key=ends.get)[:1]:
-        if warmup != "auto" and ends[key] <= warmup:
-            fix = f"use a larger {key}" if resume else "try optim.warmup_steps=auto"
-            yield f"optim.warmup_steps={warmup} must be less than {key}={ends[key]}; {fix}"
-
-
-@rule("callbacks.profile", "trainer.max_steps", "resume")
-def profile_fits(profile: dict | None, max_steps: int, resume: str | None) -> Iterator[str]:
-    if profile and is_known(profile) and not resume:
-        needed = profile["skip_steps"] + profile["steps"]
-        if needed > max_steps:
-            yield f"callbacks.profile needs {needed} steps; add trainer.max_steps={needed}"
-
-
-@rule("callbacks.early_stopping", "callbacks.exact_match", "data._target_")
-def accuracy_is_measured(early_stopping: dict | None, exact_match: dict | None, target: str) -> Iterator[str]:
-    measured = target.startswith("gptlab.data.problems.") and exact_match
-    if early_stopping and early_stopping.get("monitor") == "val/accuracy" and target in NODES and not measured:
-        yield (
-            "callbacks.early_stopping.monitor=val/accuracy needs data with right answers (data=addition, data=sort) and "
-            "callbacks.exact_match"
-        )
-
-
-@rule("data")
-def data_files_exist(data: dict) -> Iterator[str]:
-    from gptlab.data import files
-
-    kind = NODES.get(data["_target_"])
-    try:
-        if kind is Memmap:
-            files.token_files(data["path"])
-        elif kind is Text:
-            if (data["tokenizer"] == "bpe") != (data["vocab_size"] is not None):
-                yield _vocab_size_text("data.", data, 1024)
-            if data["path"] is not None or (data["url"] is None and data["name"] != files.PYTHON_DOCS):
-                files.text_files(data["path"], "data.path")
-            if data["val_path"] is not None:
-                files.text_files(data["val_path"], "data.val_path")
-    except UserError as error:
-        yield str(error)
-
-
-@rule("tokenizer", "vocab_size", entry="prepare")
-def bpe_has_a_size(tokenizer: str, vocab_size: int | None) -> Iterator[str]:
-    if (tokenizer == "bpe") != (vocab_size is not None):
-        yield _vocab_size_text("", {"tokenizer": tokenizer, "vocab_size": vocab_size}, 8192)
-
-
-@rule("out", "path", "hub", entry="prepare")
-def out_is_named(out: str | None, path: str | None, hub: str) -> Iterator[str]:
-    if out is None and (path is not None or hub != OPENWEBTEXT):
-        yield "out is missing: name a folder for the token files, such as out=my_docs"
-
-
-def _vocab_size_text(at: str, node: dict, example: int) -> str:
-    if node["vocab_size"] is None:
-        return f"{at}tokenizer=bpe needs {at}vocab_size, such as {at}vocab_size={example}"
-    return f"{at}vocab_size={node['vocab_size']} needs {at}tokenizer=bpe"
 
 
 def validate(values: dict[str, Any], entry: str, references: Collection[str] = ()) -> Any:
@@ -419,6 +266,8 @@ def validate(values: dict[str, Any], entry: str, references: Collection[str] = (
     Raises:
         UserError: everything that is wrong, one line each.
     """
+    from gptlab.rules import RULES
+
     problems: dict[str, str] = {}
     valid = values = _without_missing(values)
     for at, node in _built_nodes(values):

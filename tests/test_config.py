@@ -14,6 +14,7 @@ import pytest
 from composed import composed, errors, leaf_keys
 
 from gptlab import cli, config, train
+from gptlab import rules as config_rules
 from gptlab.config import CONF, NODES
 
 INF, NAN = math.inf, math.nan
@@ -315,7 +316,7 @@ RULES = {
 
 
 def test_every_rule_is_tried():
-    assert {check.__name__ for rules in config.RULES.values() for _, check in rules} == RULES.keys()
+    assert {check.__name__ for rules in config_rules.RULES.values() for _, check in rules} == RULES.keys()
 
 
 @pytest.mark.parametrize("name", RULES)
@@ -450,7 +451,7 @@ def test_what_lightning_is_told_is_what_extra_may_not_say():
     """NOT_EXTRA is asked before Lightning is imported, so it repeats the names."""
     tree = ast.parse(textwrap.dedent(inspect.getsource(train.make_trainer)))
     (call,) = [n for n in ast.walk(tree) if isinstance(n, ast.Call) and ast.unparse(n.func) == "L.Trainer"]
-    assert {keyword.arg for keyword in call.keywords} - {None} | {"max_time"} == set(config.NOT_EXTRA)
+    assert {keyword.arg for keyword in call.keywords} - {None} | {"max_time"} == set(config_rules.NOT_EXTRA)
 
 
 def test_a_validation_takes_milliseconds():
