@@ -24,6 +24,7 @@ def sample_next(logits: Tensor, temperature: float, top_k: int | None, generator
     return torch.multinomial(logits.softmax(dim=-1), num_samples=1, generator=generator)
 
 
+@torch.no_grad()
 def generate(
     model: nn.Module,
     idx: Tensor,
@@ -38,26 +39,12 @@ def generate(
     The model sees the last `model.block_size` tokens and should be in eval mode. `generator` lives on idx's device.
 
     Raises:
-        UserError: at once, before anything is drawn, for a bad argument; later, for logits that are not finite.
+        UserError: the prompt is empty or has ids outside the vocabulary, or the logits are not finite.
     """
-    problems = []
-    if idx.dim() != 2 or idx.shape[1] < 1:
-        problems.append(f"the prompt must be (B, T) ids with T >= 1, not {tuple(idx.shape)}")
-    elif idx.numel() and not 0 <= idx.min() <= idx.max() < model.vocab_size:  # the model does not check it
-        problems.append(f"the prompt has ids outside the vocabulary 0..{model.vocab_size - 1}")
-    if max_new_tokens < 0:
-        problems.append(f"max_new_tokens={max_new_tokens} must be >= 0")
-    if not 0 <= temperature < float("inf"):
-        problems.append(f"temperature={temperature} must be >= 0 (0: greedy) and finite")
-    if top_k is not None and top_k < 1:
-        problems.append(f"top_k={top_k} must be >= 1, or null for the whole vocabulary")
-    if problems:
-        raise UserError("; ".join(problems))
-    return _generate(model, idx, max_new_tokens, temperature, top_k, generator)
-
-
-@torch.no_grad()
-def _generate(model, idx, max_new_tokens, temperature, top_k, generator) -> Iterator[Tensor]:
+    if idx.dim() != 2 or idx.shape[1] == 0:
+        raise UserError(f"the prompt must be (B, T) ids with T >= 1, not {tuple(idx.shape)}")
+    if idx.numel() and not 0 <= idx.min() <= idx.max() < model.vocab_size:  # the model does not check it
+        raise UserError(f"the prompt has ids outside the vocabulary 0..{model.vocab_size - 1}")
     for _ in range(max_new_tokens):
         idx = idx[:, -model.block_size :]
         logits = model(idx)[:, -1, : model.vocab_size]
