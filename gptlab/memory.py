@@ -94,6 +94,7 @@ def estimate_step(
             with torch.autocast(device_type, dtype=dtype, enabled=dtype is not None):
                 logits = model(ids[:, :-1]).flatten(0, 1).float()
                 loss = F.cross_entropy(logits, ids[:, 1:].flatten(), reduction="sum")
+                del logits  # as in GPTModule.nats: gone before the backward pass
                 with torch.autocast(device_type, enabled=False):
                     loss.backward()
             return Estimate(live.peak, state, device_type)
