@@ -16,8 +16,7 @@ def sample_next(logits: Tensor, temperature: float, top_k: int | None, generator
     if temperature == 0:
         return logits.argmax(dim=-1, keepdim=True)
     logits = logits.float()
-    logits = logits - logits.amax(dim=-1, keepdim=True)  # at most 0: no overflow, however small the temperature
-    logits = logits / temperature
+    logits = (logits - logits.amax(dim=-1, keepdim=True)) / temperature  # at most 0: no overflow, however small that is
     if top_k is not None and top_k < logits.shape[-1]:
         smallest = logits.topk(top_k, dim=-1).values[:, -1:]
         logits = logits.masked_fill(logits < smallest, -torch.inf)

@@ -161,12 +161,8 @@ class GPTModule(L.LightningModule):
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         # Not in training_step, where fp16 gradients are still scaled.
-        limit = self.optim_config["grad_clip"]
-        if limit:
-            self.gradient_norm = nn.utils.clip_grad_norm_(self.model.parameters(), limit)
-        else:
-            gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-            self.gradient_norm = nn.utils.get_total_norm(gradients)
+        limit = self.optim_config["grad_clip"] or math.inf
+        self.gradient_norm = nn.utils.clip_grad_norm_(self.model.parameters(), limit)
         if self.trainer.precision == "16-mixed":  # the gradient scaler skips such steps itself
             self.gradient_norm = self.gradient_norm.nan_to_num(OVERFLOW, OVERFLOW, OVERFLOW)
         else:
