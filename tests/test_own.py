@@ -1,13 +1,11 @@
 """Custom model, data set and tokenizer, from a folder that knows nothing of the package: train, sample, resume, sweep."""
 
-import json
 import textwrap
 
 import conftest
 import numpy as np
 import pytest
 import torch
-import yaml
 from conftest import same, weights
 from torch.nn import functional as F
 
@@ -83,15 +81,6 @@ def test_train_sample_and_resume(gptlab, own):
     assert same(weights(own / "run"), weights(own / "whole"))
 
 
-@pytest.mark.slow
-def test_multirun(gptlab, own):
-    gptlab("train", "-m", *OWN, *TINY, "model.width=8,16", cwd=own)
-    (sweep,) = (own / "sweeps/mine").iterdir()
-    widths = [yaml.safe_load((sweep / job / "config.yaml").read_text())["model"]["width"] for job in ("0", "1")]
-    assert widths == [8, 16]
-    assert all(json.loads((sweep / job / "summary.json").read_text())["steps"] == 4 for job in ("0", "1"))
-
-
 @pytest.mark.parametrize(
     ("argument", "said"),
     [
@@ -161,20 +150,14 @@ def test_nothing_in_a_checkpoint_is_interpolated(gptlab, own):
 class Model(torch.nn.Module):
     """The embedding's row is the prediction; `change` is what the tests break."""
 
-    vocab_size, block_size = 5, 4
+    vocab_size = 5
 
-    def __init__(self, change=lambda logits: logits):
+    def __init__(self, change=lambda logits: logits, block_size=4):
         super().__init__()
-        self.table, self.change = torch.nn.Embedding(5, 5), change
+        self.table, self.change, self.block_size = torch.nn.Embedding(5, 5), change, block_size
 
     def forward(self, ids):
         return self.change(self.table(ids))
-
-
-def bad_size() -> Model:
-    model = Model()
-    model.block_size = 8
-    return model
 
 
 @pytest.mark.parametrize(
@@ -189,20 +172,15 @@ def bad_size() -> Model:
         (Model(lambda x: x[..., :4]), r"returned \(2, 4, 4\)"),
         (Model(lambda x: (x, None)), "returned tuple"),
         (Model().requires_grad_(False), "parameters to train"),
-        (bad_size(), "block_size=8 must be 4"),
+        (Model(block_size=8), "block_size=8 must be 4"),
     ],
 )
 def test_a_model_that_breaks_the_contract_is_refused(model, said):
-    check_model(Model(), 5, 4)
+    good, before = Model(lambda x: F.dropout(x, 0.5, good.training)), torch.get_rng_state()
+    check_model(good, 5, 4)
+    assert good.training and torch.equal(torch.get_rng_state(), before)  # trying a model changes nothing of the run
     with pytest.raises(UserError, match=said):
         check_model(model, 5, 4)
-
-
-def test_trying_a_model_changes_nothing():
-    """Neither its mode nor the random numbers of the run."""
-    model, before = Model(lambda x: F.dropout(x, 0.5, model.training)), torch.get_rng_state()
-    check_model(model, 5, 4)
-    assert model.training and torch.equal(torch.get_rng_state(), before)
 
 
 class Words:
