@@ -2,8 +2,10 @@
 
 A model is a `torch.nn.Module` whose constructor takes the keywords `vocab_size` and `block_size` (from the data) and the
 keys of its config. It maps token ids (B, T) int64, 1 <= T <= block_size, to logits (B, T, V), V >= vocab_size, for the
-token after each position, computed from the tokens up to that position alone. With a method `flops_per_token()`
-(forward and backward), train/mfu is logged. Data sets and tokenizers are described in `gptlab.data.windows.WindowData`.
+token after each position, computed from the tokens up to that position alone. It keeps tensors in itself (buffers), not
+in globals or a `functools.cache`: the memory estimate runs it on tensors without data, which would stay there. With a
+method `flops_per_token()` (forward and backward), train/mfu is logged. Data sets and tokenizers are described in
+`gptlab.data.windows.WindowData`.
 """
 
 import json
@@ -36,13 +38,11 @@ def check_model(model: nn.Module, vocab_size: int, block_size: int) -> None:
     logits = model.eval()(ids)
     again, prefix = model(ids), model(ids[:1, : (T + 1) // 2])
     model.train(was_training)
-    shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-    require(isinstance(logits, Tensor) and logits.dim() == 3 and logits.shape[:2] == ids.shape and logits.shape[2] >= vocab_size,
+    shape = tuple(logits.shape) if isinstance(logits, Tensor) else ()
+    require(shape[:2] == (2, T) and len(shape) == 3 and shape[2] >= vocab_size,
             f"{name} must map ids (B, T) to logits (B, T, V) with V >= vocab_size; for ids (2, {T}) and vocab_size={vocab_size} "
-            f"it returned {shape}")  # fmt: skip
-    require(
-        logits[..., :vocab_size].isfinite().all(), f"{name} returns logits that are not finite, before any training"
-    )
+            f"it returned {shape or type(logits).__name__}")  # fmt: skip
+    require(logits[..., :vocab_size].isfinite().all(), f"{name} returns logits that are not finite before any training")
     close = {"rtol": 1e-3, "atol": 1e-4, "equal_nan": True}
     require(torch.allclose(logits, again, **close),
             f"{name} is random in eval mode; F.dropout needs training=self.training")  # fmt: skip
@@ -85,11 +85,8 @@ def require(condition: Any, otherwise: str) -> None:
 
 
 def require_attributes(name: str, value: Any, attributes: tuple[str, ...]) -> None:
-    missing = [attribute for attribute in attributes if not hasattr(value, attribute)]
-    require(
-        not missing,
-        f"{name} lacks {', '.join(missing)}; the docstring of gptlab.data.windows.WindowData lists them all",
-    )
+    missing = ", ".join(attribute for attribute in attributes if not hasattr(value, attribute))
+    require(not missing, f"{name} lacks {missing}; the docstring of gptlab.data.windows.WindowData lists them all")
 
 
 def require_json(name: str, value: Any) -> None:

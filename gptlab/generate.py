@@ -16,14 +16,14 @@ def sample_next(logits: Tensor, temperature: float, top_k: int | None, generator
     if temperature == 0:
         return logits.argmax(dim=-1, keepdim=True)
     logits = logits.float()
-    logits = logits - logits.amax(dim=-1, keepdim=True)  # at most 0: no overflow, however small the temperature
-    logits = logits / temperature
+    logits = (logits - logits.amax(dim=-1, keepdim=True)) / temperature  # at most 0: no overflow, however small that is
     if top_k is not None and top_k < logits.shape[-1]:
         smallest = logits.topk(top_k, dim=-1).values[:, -1:]
         logits = logits.masked_fill(logits < smallest, -torch.inf)
     return torch.multinomial(logits.softmax(dim=-1), num_samples=1, generator=generator)
 
 
+@torch.no_grad()
 def generate(
     model: nn.Module,
     idx: Tensor,
@@ -38,26 +38,12 @@ def generate(
     The model sees the last `model.block_size` tokens and should be in eval mode. `generator` lives on idx's device.
 
     Raises:
-        UserError: at once, before anything is drawn, for a bad argument; later, for logits that are not finite.
+        UserError: the prompt is empty or has ids outside the vocabulary, or the logits are not finite.
     """
-    problems = []
-    if idx.dim() != 2 or idx.shape[1] < 1:
-        problems.append(f"the prompt must be (B, T) ids with T >= 1, not {tuple(idx.shape)}")
-    elif idx.numel() and not 0 <= idx.min() <= idx.max() < model.vocab_size:  # the model does not check it
-        problems.append(f"the prompt has ids outside the vocabulary 0..{model.vocab_size - 1}")
-    if max_new_tokens < 0:
-        problems.append(f"max_new_tokens={max_new_tokens} must be >= 0")
-    if not 0 <= temperature < float("inf"):
-        problems.append(f"temperature={temperature} must be >= 0 (0: greedy) and finite")
-    if top_k is not None and top_k < 1:
-        problems.append(f"top_k={top_k} must be >= 1, or null for the whole vocabulary")
-    if problems:
-        raise UserError("; ".join(problems))
-    return _generate(model, idx, max_new_tokens, temperature, top_k, generator)
-
-
-@torch.no_grad()
-def _generate(model, idx, max_new_tokens, temperature, top_k, generator) -> Iterator[Tensor]:
+    if idx.dim() != 2 or idx.shape[1] == 0:
+        raise UserError(f"the prompt must be (B, T) ids with T >= 1, not {tuple(idx.shape)}")
+    if idx.numel() and not 0 <= idx.min() <= idx.max() < model.vocab_size:  # the model does not check it
+        raise UserError(f"the prompt has ids outside the vocabulary 0..{model.vocab_size - 1}")
     for _ in range(max_new_tokens):
         idx = idx[:, -model.block_size :]
         logits = model(idx)[:, -1, : model.vocab_size]

@@ -10,7 +10,7 @@ memory, so that a process may take up to about twice its tensors.
 import bisect
 import os
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,10 +29,7 @@ LESS_MEMORY = "use a smaller model or data.block_size, model.activation_checkpoi
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of all storages that operators made and that are alive; `peak` is the most at any time.
-
-    Buffers inside a kernel are not seen. Works on real tensors too.
-    """
+    """Bytes of the storages that operators made and that are alive, and their `peak`. Works on real tensors, too."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -42,17 +39,12 @@ class LiveBytes(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
-            if isinstance(tensor, torch.Tensor):
-                self._count(tensor.untyped_storage())
+            if isinstance(tensor, torch.Tensor) and (storage := tensor.untyped_storage())._cdata not in self._alive:
+                self._alive[storage._cdata] = storage.nbytes()
+                self.now += storage.nbytes()
+                weakref.finalize(storage, self._forget, storage._cdata)
+        self.peak = max(self.peak, self.now)
         return result
-
-    def _count(self, storage: torch.UntypedStorage) -> None:
-        key = storage._cdata
-        if key not in self._alive:
-            self._alive[key] = storage.nbytes()
-            self.now += storage.nbytes()
-            self.peak = max(self.peak, self.now)
-            weakref.finalize(storage, self._forget, key)
 
     def _forget(self, key: int) -> None:
         self.now -= self._alive.pop(key)
@@ -76,25 +68,15 @@ def estimate_step(
     build: Callable[[], nn.Module],
     *,
     block_size: int,
-    sequences: int,
+    sequences: int,  # of an optimizer step, in this process
     micro_batch_size: int,
-    precision: str,
+    precision: str,  # 32, bf16 or fp16
     device_type: str,
-    averaged: bool = False,
-    distributed: bool = False,
+    averaged: bool = False,  # EMA keeps a second copy of the weights
+    distributed: bool = False,  # DDP keeps a second copy of the gradients
 ) -> Estimate | None:
-    """Memory of one optimizer step as `gptlab.module` does it; nothing of that size is allocated.
-
-    Args:
-        build: makes the model.
-        sequences: of an optimizer step, in this process.
-        precision: 32, bf16 or fp16.
-        averaged: there is a second copy of the weights, as EMA keeps.
-        distributed: there is a second copy of the gradients, as DDP sends.
-
-    Returns:
-        None where fake tensors cannot take the model's path, such as control flow that depends on values.
-    """
+    """Memory of one optimizer step as `gptlab.module` does it; nothing of that size is allocated. None where fake tensors
+    cannot take the model's path, such as control flow that depends on values."""
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
     try:
         with FakeTensorMode(), LiveBytes() as live, torch.device(device_type):
@@ -110,7 +92,9 @@ def estimate_step(
                 optimizer.zero_grad(set_to_none=True)
             ids = torch.zeros(min(sequences, micro_batch_size), block_size + 1, dtype=torch.int64)
             with torch.autocast(device_type, dtype=dtype, enabled=dtype is not None):
-                loss = _summed_loss(model, ids)
+                logits = model(ids[:, :-1]).flatten(0, 1).float()
+                loss = F.cross_entropy(logits, ids[:, 1:].flatten(), reduction="sum")
+                del logits  # as in GPTModule.nats: gone before the backward pass
                 with torch.autocast(device_type, enabled=False):
                     loss.backward()
             return Estimate(live.peak, state, device_type)
@@ -118,19 +102,11 @@ def estimate_step(
         return None
 
 
-def _summed_loss(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
-    logits = model(ids[:, :-1])
-    return F.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="sum")
-
-
 def check_fits(estimate: Callable[[int], Estimate | None], micro_batch_size: int, available: int) -> str | None:
-    """A line that says what training takes of the `available` bytes; None where nothing is known.
-
-    Args:
-        estimate: of a micro-batch size, such as a `functools.partial` of `estimate_step`.
+    """A line on the memory that training takes, by an estimate for a micro-batch size; None where nothing is known.
 
     Raises:
-        UserError: it takes more; the text names the largest micro-batch that fits, or what else to do.
+        UserError: more than `available` bytes; the text names the largest micro-batch that fits, or another remedy.
     """
     needed = estimate(micro_batch_size)
     if needed is None:
@@ -144,30 +120,19 @@ def check_fits(estimate: Callable[[int], Estimate | None], micro_batch_size: int
 
 
 def capacity(device: torch.device) -> int:
-    """Bytes of a GPU's own memory; otherwise of the machine's, or of its container's or job's if that has less."""
+    """Bytes of a GPU's own memory; else of the machine's, or of this process's control group (v2) if that has less."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
-    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return min([machine, *_cgroup_limits()])
+    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    own = OWN_CGROUP.read_text().strip().rpartition("0::/")[2] if OWN_CGROUP.is_file() else ""
+    for file in (CGROUP / own / "memory.max", CGROUP / "memory.max"):
+        if file.is_file() and (limit := file.read_text().strip()) != "max":
+            limits.append(int(limit))
+    return min(limits)
 
 
-def _cgroup_limits() -> Iterator[int]:
-    """Of this process's control group and those around it (version 2), or of the container (version 1)."""
-    groups = OWN_CGROUP.read_text().splitlines() if OWN_CGROUP.is_file() else []
-    own = CGROUP / next((line[3:].strip("/") for line in groups if line.startswith("0::")), "")
-    files = [folder / "memory.max" for folder in (own, *own.parents) if folder.is_relative_to(CGROUP)]
-    for file in (*files, CGROUP / "memory/memory.limit_in_bytes"):
-        text = file.read_text().strip() if file.is_file() else "max"
-        if text != "max":
-            yield int(text)
-
-
-def format_bytes(size: float) -> str:
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if size < 1024:
-            return f"{size:.{0 if size >= 100 else 1}f} {unit}"
-        size /= 1024
-    return f"{size:.1f} TiB"
+def format_bytes(size: int) -> str:
+    return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
 
 
 def out_of_memory(error: RuntimeError) -> bool:

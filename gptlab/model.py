@@ -11,16 +11,10 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
-    """Causal scaled dot-product attention: q, k, v and the result are (B, H, T, C // H)."""
-    return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
-
-
 class CausalSelfAttention(nn.Module):
     def __init__(self, n_embd: int, n_head: int, dropout: float, bias: bool) -> None:
         super().__init__()
-        self.n_head = n_head
-        self.dropout = dropout
+        self.n_head, self.dropout = n_head, dropout
         self.c_attn = nn.Linear(n_embd, 3 * n_embd, bias=bias)
         self.c_proj = nn.Linear(n_embd, n_embd, bias=bias)
         self.resid_dropout = nn.Dropout(dropout)
@@ -31,7 +25,7 @@ class CausalSelfAttention(nn.Module):
             part.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, H, T, C // H)
             for part in self.c_attn(x).split(C, dim=2)
         )
-        y = attention(q, k, v, self.dropout if self.training else 0.0)
+        y = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0, is_causal=True)
         y = y.transpose(1, 2).reshape(B, T, C)  # the heads side by side again
         return self.resid_dropout(self.c_proj(y))
 
@@ -63,16 +57,11 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """Token ids (B, T) -> logits (B, T, V).
+    """Token ids (B, T) -> logits (B, T, V). The keywords are the keys of `conf/model/*.yaml`, and the sizes of the data.
 
-    The keyword arguments are the keys of `conf/model/*.yaml`; `vocab_size` and `block_size` come from the data.
-
-    Args:
-        gelu: erf, the exact function (nanoGPT's, faster on CPUs), or tanh, GPT-2's approximation.
-        vocab_multiple: pad the vocabulary to a multiple of this (faster matrix products on GPUs). The logits of the
-            padding are -inf, so it takes no part in any loss and is never sampled.
-        activation_checkpointing: keep only each block's input for the backward pass and recompute the rest (Chen et
-            al. 2016): the same numbers, less memory, about a third more time.
+    `vocab_multiple` pads the vocabulary (faster matrix products on GPUs) with logits of -inf, which take no part in any
+    loss and are never sampled. With `activation_checkpointing`, the backward pass recomputes all but each block's input
+    (Chen et al. 2016): the same numbers, less memory, about a third more time.
     """
 
     def __init__(
@@ -85,15 +74,14 @@ class GPT(nn.Module):
         n_embd: int,
         dropout: float = 0.0,
         bias: bool = False,
-        gelu: str = "erf",
+        gelu: str = "erf",  # exact (nanoGPT's, faster on CPUs), or tanh, GPT-2's approximation
         vocab_multiple: int = 1,
         activation_checkpointing: bool = False,
     ) -> None:
         super().__init__()
         if min(vocab_size, block_size, n_layer, n_head, n_embd, vocab_multiple) < 1 or n_embd % n_head:
             raise ValueError(f"sizes must be >= 1, and n_embd={n_embd} must be divisible by n_head={n_head}")
-        self.vocab_size = vocab_size
-        self.block_size = block_size
+        self.vocab_size, self.block_size = vocab_size, block_size
         self.activation_checkpointing = activation_checkpointing
         padded = math.ceil(vocab_size / vocab_multiple) * vocab_multiple
         self.transformer = nn.ModuleDict(
@@ -123,16 +111,9 @@ class GPT(nn.Module):
                 parameter.zero_()
 
     def forward(self, idx: Tensor) -> Tensor:
-        """Logits for the token after each position.
-
-        Args:
-            idx: token ids (B, T), int64 or int32, T <= block_size. That 0 <= id < vocab_size is checked where ids come
-                from, in the data sets and `generate`: here, a GPU would have to wait for it in every step.
-
-        Raises:
-            ValueError: T > block_size.
-        """
-        _B, T = idx.shape
+        """Logits for the token after each position of `idx` (B, T), int64 or int32. Data sets and `generate` check that
+        0 <= id < vocab_size: here, a GPU would have to wait for it in every step."""
+        _, T = idx.shape
         if self.block_size < T:
             raise ValueError(f"a sequence of {T} tokens is longer than block_size={self.block_size}")
         x = self.transformer.wte(idx)  # (B, T, C)

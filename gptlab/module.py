@@ -11,6 +11,7 @@ import contextlib
 import itertools
 import logging
 import math
+from collections.abc import Callable
 from typing import Any
 
 import lightning as L
@@ -30,34 +31,26 @@ log = logging.getLogger(__name__)
 
 
 class GPTModule(L.LightningModule):
-    """Trains a model, gptlab's or a custom one (`gptlab.contracts.check_model`), on batches as described above.
-
-    Args:
-        optim_config: the keys of `conf/optim`.
-        token_bytes: bytes of text per token (vocab_size,), for bits per byte.
-        micro_batch_size: sequences per forward pass; None: the process's whole share at once.
-        log_every: optimizer steps between two lines of training metrics.
-        metadata: plain values that go into each checkpoint: config, tokenizer, data.
-    """
+    """Trains a model, gptlab's or a custom one (`gptlab.contracts.check_model`), on batches as described above."""
 
     def __init__(
         self,
         model: nn.Module,
         *,
-        optim_config: dict[str, Any],
-        token_bytes: np.ndarray,
+        optim_config: dict[str, Any],  # the keys of conf/optim
+        token_bytes: np.ndarray,  # bytes of text per token (vocab_size,), for bits per byte
         seed: int,
-        micro_batch_size: int | None,
-        log_every: int,
-        metadata: dict[str, Any],
+        micro_batch_size: int | None,  # sequences per forward pass; None: the process's whole share at once
+        log_every: int,  # optimizer steps
+        metadata: dict[str, Any],  # plain values for each checkpoint: config, tokenizer, data
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
         self.model = model
         self.optim_config, self.seed, self.metadata = optim_config, seed, metadata
-        self.requested_micro_batch_size = self.micro_batch_size = micro_batch_size
-        self.val_micro_batch_size: int | None = None  # None: whole batches
         self.log_every = log_every
+        # In force, None: whole batches; and what the config asks for.
+        self.micro_batch_sizes = {"asked": micro_batch_size, "training": micro_batch_size, "validation": None}
         self.checks_at_log = False  # for non-finite steps: on a GPU, where no step may wait for the host
         self.register_buffer("token_bytes", torch.from_numpy(token_bytes), persistent=False)
         # (loss, gradient norm) of each step since the last log, on the device. The loss is this process's part times the
@@ -82,7 +75,8 @@ class GPTModule(L.LightningModule):
         for group in optimizer.param_groups:
             group["lr"] = lr
 
-        loss = self._accumulate_within_memory(step, batch)
+        ids, mask = ids_and_mask(batch)
+        loss = self._within_memory("training", ids, lambda size: self.accumulate_gradients(step, ids, mask, size))
         with torch.autocast(self.device.type, enabled=False):
             optimizer.step()  # clips on the way, in on_before_optimizer_step
         optimizer.zero_grad(set_to_none=True)
@@ -97,43 +91,33 @@ class GPTModule(L.LightningModule):
                 self.recent = []
                 self.log_metrics({"train/lr": lr, **self.watch.interval(rows)})
 
-    def _accumulate_within_memory(self, step: int, batch: Batch) -> Tensor:
-        """`accumulate_gradients`, restarted with half the micro-batch size, for good, when out of memory.
-
-        Raises:
-            UserError: there are several processes, which would have to agree, or one sequence does not fit.
-        """
+    def _within_memory(self, what: str, ids: Tensor, compute: Callable[[int], Tensor]) -> Tensor:
+        """`compute(micro_batch_size)`, again with half the size, for good, when out of memory. UserError where one sequence
+        does not fit, or with several processes, which would have to agree."""
         while True:
-            self._seed_dropout(step)
+            size = min(self.micro_batch_sizes[what] or len(ids), len(ids))
             try:
-                return self.accumulate_gradients(batch)
+                return compute(size)
             except RuntimeError as error:
                 if not out_of_memory(error):
                     raise
             # Not in the except block, where the exception still holds the tensors of the frames it came through.
-            self.optimizers().zero_grad(set_to_none=True)
-            sequences = len(batch[0] if isinstance(batch, (tuple, list)) else batch)
-            self.micro_batch_size = self._halved(min(self.micro_batch_size or sequences, sequences), "training")
-
-    def _halved(self, size: int, what: str) -> int:
-        half = (size + 1) // 2
-        if size == 1:
-            raise UserError(f"out of memory in {what} with a micro-batch of one sequence: {LESS_MEMORY}")
-        if self.trainer.world_size > 1:
-            raise UserError(
-                f"out of memory in {what} with {size} sequences at a time: add data.micro_batch_size={half}"
-            )
-        if self.device.type != "cpu":
-            torch.accelerator.empty_cache()
-        log.warning("out of memory in %s with %d sequences at a time: continuing with %d", what, size, half)
-        return half
+            if size == 1:
+                raise UserError(f"out of memory in {what} with a single sequence: {LESS_MEMORY}")
+            half, fault = (size + 1) // 2, f"out of memory in {what} with {size} sequences at a time"
+            if self.trainer.world_size > 1:
+                raise UserError(f"{fault}: add data.micro_batch_size={half}")
+            log.warning("%s: continuing with %d", fault, half)
+            self.zero_grad(set_to_none=True)
+            if self.device.type != "cpu":
+                torch.accelerator.empty_cache()
+            self.micro_batch_sizes[what] = half
 
     def _seed_dropout(self, step: int) -> None:
-        """Make dropout depend on seed, step and process alone. (torch.manual_seed would record a stack trace for each
-        kind of device not in use yet, at every step: 0.4 ms, and never freed.)"""
+        """Make dropout depend on seed, step and process alone."""
         words = np.random.SeedSequence([self.seed, step, self.global_rank]).generate_state(1, np.uint64)
         seed = int(words[0] >> np.uint64(1))
-        torch.default_generator.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed takes 0.4 ms and memory that is never freed
         if self.device.type != "cpu":
             torch.get_device_module(self.device).manual_seed(seed)
 
@@ -141,40 +125,32 @@ class GPTModule(L.LightningModule):
         keys = ("schedule", "lr", "min_lr", "warmup_steps", "decay_steps")
         return optim.learning_rate(step, **{key: self.optim_config[key] for key in keys})
 
-    def accumulate_gradients(self, batch: Batch) -> Tensor:
-        """Add the gradients of the mean loss over the *global* batch's counted tokens, one micro-batch at a time.
+    def accumulate_gradients(self, step: int, ids: Tensor, mask: Tensor | None, size: int) -> Tensor:
+        """Add the gradients of the mean loss over the *global* batch's counted tokens, `size` sequences at a time.
 
         A non-finite loss makes all gradients non-finite, in every process: their norm alone tells.
 
         Returns:
             This process's part; its mean over the processes is the loss in nats per token.
         """
-        ids, mask = ids_and_mask(batch)
-        weight = self.trainer.world_size / self._counted_tokens(ids, mask)  # DDP averages over the processes
-        size = self.micro_batch_size or len(ids)
+        self._seed_dropout(step)
+        tokens = ids[:, 1:].numel() if mask is None else mask[:, 1:].sum()
+        if self.trainer.world_size > 1:
+            tokens = self.trainer.strategy.reduce(torch.as_tensor(tokens, device=self.device), reduce_op="sum")
+        tokens = tokens.clamp(min=1) if isinstance(tokens, Tensor) else tokens
+        weight = self.trainer.world_size / tokens  # DDP averages over the processes
+        block_sync = getattr(self.trainer.strategy, "block_backward_sync", contextlib.nullcontext)
         masks = itertools.repeat(None) if mask is None else mask.split(size)
         micro_batches = list(zip(ids.split(size), masks, strict=False))
         total = torch.zeros((), device=self.device)
         for i, (micro_ids, micro_mask) in enumerate(micro_batches):
             nats = self.nats(micro_ids, micro_mask)
             loss = nats * torch.where(nats.isfinite(), weight, math.nan)  # an infinite loss can have finite gradients
-            last = i + 1 == len(micro_batches)
-            with self._sync_gradients(last), torch.autocast(self.device.type, enabled=False):
+            last = i + 1 == len(micro_batches)  # under DDP, with it alone gradients are all-reduced
+            with contextlib.nullcontext() if last else block_sync(), torch.autocast(self.device.type, enabled=False):
                 self.manual_backward(loss)
             total += nats.detach() * weight
         return total
-
-    def _counted_tokens(self, ids: Tensor, mask: Tensor | None) -> int | Tensor:
-        """Targets in the global batch, at least 1."""
-        tokens = ids[:, 1:].numel() if mask is None else mask[:, 1:].sum()
-        if self.trainer.world_size > 1:
-            tokens = self.trainer.strategy.reduce(torch.as_tensor(tokens, device=self.device), reduce_op="sum")
-        return tokens.clamp(min=1) if isinstance(tokens, Tensor) else tokens
-
-    def _sync_gradients(self, last: bool) -> contextlib.AbstractContextManager:
-        """Under DDP, all-reduce gradients with the last micro-batch only."""
-        block = getattr(self.trainer.strategy, "block_backward_sync", None)
-        return contextlib.nullcontext() if last or block is None else block()
 
     def nats(self, ids: Tensor, mask: Tensor | None) -> Tensor:
         """Summed loss, in nats, of predicting each counted token of ids (b, T + 1) from those before it."""
@@ -185,12 +161,8 @@ class GPTModule(L.LightningModule):
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         # Not in training_step, where fp16 gradients are still scaled.
-        limit = self.optim_config["grad_clip"]
-        if limit:
-            self.gradient_norm = nn.utils.clip_grad_norm_(self.model.parameters(), limit)
-        else:
-            gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-            self.gradient_norm = nn.utils.get_total_norm(gradients)
+        limit = self.optim_config["grad_clip"] or math.inf
+        self.gradient_norm = nn.utils.clip_grad_norm_(self.model.parameters(), limit)
         if self.trainer.precision == "16-mixed":  # the gradient scaler skips such steps itself
             self.gradient_norm = self.gradient_norm.nan_to_num(OVERFLOW, OVERFLOW, OVERFLOW)
         else:
@@ -198,26 +170,19 @@ class GPTModule(L.LightningModule):
 
     def _recent_mean(self) -> Tensor:
         """(loss, gradient norm) of each step since the last log, (steps, 2)."""
-        recent = torch.stack(self.recent) if self.recent else torch.zeros(0, 2, device=self.device)
-        return self.trainer.strategy.reduce(recent, reduce_op="mean") if self.recent else recent
+        if not self.recent:
+            return torch.zeros(0, 2)
+        return self.trainer.strategy.reduce(torch.stack(self.recent), reduce_op="mean")
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         ids, mask = ids_and_mask(batch)
-        if mask is None:
-            mask = torch.ones_like(ids, dtype=torch.bool)
-        counted = mask[:, 1:]
-        text_bytes = (self.token_bytes[ids[:, 1:]] * counted).sum()
-        self.val_metrics.update(self._nats_within_memory(ids, mask), counted.sum(), text_bytes)
+        mask = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask
 
-    def _nats_within_memory(self, ids: Tensor, mask: Tensor) -> Tensor:
-        while True:
-            size = self.val_micro_batch_size or len(ids)
-            try:
-                return sum(self.nats(*part) for part in zip(ids.split(size), mask.split(size), strict=True))
-            except RuntimeError as error:
-                if not out_of_memory(error):
-                    raise
-            self.val_micro_batch_size = self._halved(min(size, len(ids)), "validation")
+        def summed_nats(size: int) -> Tensor:
+            return sum(self.nats(*part) for part in zip(ids.split(size), mask.split(size), strict=True))
+
+        nats, counted = self._within_memory("validation", ids, summed_nats), mask[:, 1:]
+        self.val_metrics.update(nats, counted.sum(), (self.token_bytes[ids[:, 1:]] * counted).sum())
 
     def on_validation_epoch_end(self) -> None:
         metrics = {f"val/{name}": value for name, value in self.val_metrics.compute().items()} | self.extra_val_metrics
@@ -243,17 +208,14 @@ class GPTModule(L.LightningModule):
             watch=self.watch.state(),
             best=self.best,
             validated=self.validated,
-            micro_batch_size={
-                "asked": self.requested_micro_batch_size,
-                "training": self.micro_batch_size,
-                "validation": self.val_micro_batch_size,
-            },
+            micro_batch_size=self.micro_batch_sizes,
         )
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.recent = list(checkpoint["recent"].to(self.device))
         self.watch.load(checkpoint["watch"])
         self.best, self.validated = checkpoint["best"], checkpoint["validated"]
-        sizes = checkpoint["micro_batch_size"]
-        if sizes["asked"] == self.requested_micro_batch_size:  # else the user asks for another now
-            self.micro_batch_size, self.val_micro_batch_size = sizes["training"], sizes["validation"]
+        if (
+            checkpoint["micro_batch_size"]["asked"] == self.micro_batch_sizes["asked"]
+        ):  # else the user asks for another now
+            self.micro_batch_sizes = checkpoint["micro_batch_size"]

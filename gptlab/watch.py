@@ -4,7 +4,6 @@ import logging
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
 
 log = logging.getLogger(__name__)
 
@@ -36,10 +35,10 @@ class Watch:
     spike: float | None = None  # the highest since it was last set to None
 
     def look(self, last_step: int, rows: Sequence[Sequence[float]]) -> None:
-        """Look at the steps up to `last_step` that are new, and warn of what is wrong with them.
+        """Look at those of the newest steps that are new, and warn of what is wrong with them.
 
         Args:
-            rows: (loss, gradient norm before clipping) of the newest steps, the last of which is `last_step`.
+            rows: (loss, gradient norm before clipping) of the steps up to `last_step`.
 
         Raises:
             Diverged: more steps were not finite than may be skipped.
@@ -50,24 +49,19 @@ class Watch:
             self.looked_at = step
             if not (math.isfinite(loss) and math.isfinite(norm)):
                 self._skip(step, loss, norm)
-                continue
-            if self._is_spike(loss):
-                log.warning("step %d: the loss jumped to %.4f, from about %.4f", step, loss, self.loss_mean)
-                self.spike = max(loss, self.spike or loss)
-            self.steps += 1
+            else:
+                if self._is_spike(loss):
+                    log.warning("step %d: the loss jumped to %.4f, from about %.4f", step, loss, self.loss_mean)
+                    self.spike = max(loss, self.spike or loss)
+                self.steps += 1
 
     def _skip(self, step: int, loss: float, norm: float) -> None:
         self.skipped += 1
-        text = (
-            f"step {step}: the loss is {loss:.4g} and the gradient norm {norm:.4g}; the update was skipped. Its batch is "
-            f"data.train_steps(0, 1)[{step - 1}]"
-        )
+        text = f"step {step}: the loss is {loss:.4g} and the gradient norm {norm:.4g}; the update was skipped"
+        text += f". Its batch is data.train_steps(0, 1)[{step - 1}]"
         if self.skipped > self.may_skip:
-            raise Diverged(
-                f"the run has diverged: {text}. The usual cause is a high optim.lr: start a new run with a lower one. If it "
-                f"is the batch, skip its update with optim.skip_nonfinite={self.skipped}",
-                self.skipped,
-            )
+            advice = f"lower optim.lr in a new run; if it is the batch, skip its update with optim.skip_nonfinite={self.skipped}"
+            raise Diverged(f"the run has diverged: {text}. Usual remedy: {advice}", self.skipped)
         log.warning("%s (%d of at most %d such steps)", text, self.skipped, self.may_skip)
 
     def interval(self, rows: Sequence[Sequence[float]]) -> dict[str, float]:
@@ -94,9 +88,9 @@ class Watch:
         self.loss_variance = decay * (self.loss_variance + (1 - decay) * away**2)
         return spike
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> dict[str, float | None]:
         return {name: value for name, value in asdict(self).items() if name not in ("grad_clip", "may_skip")}
 
-    def load(self, state: dict[str, Any]) -> None:
+    def load(self, state: dict[str, float | None]) -> None:
         for name in self.state():
             setattr(self, name, state[name])

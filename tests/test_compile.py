@@ -5,10 +5,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import TINY
-from omegaconf import OmegaConf
+from composed import composed
+from conftest import TINY, same, weights
 
-from gptlab.config import GPTConfig
+from gptlab import config
 from gptlab.model import GPT
 from gptlab.tokenizer import CharTokenizer
 from gptlab.train import make_module
@@ -32,24 +32,14 @@ def test_the_forward_pass_is_one_graph(activation_checkpointing):
 
 def test_compiling_renames_no_parameter():
     """torch.compile(model) would put `_orig_mod.` before every name in a checkpoint."""
-
-    def made(compiled: bool):
-        data = SimpleNamespace(tokenizer=CharTokenizer("ab"), block_size=8, micro_batch_size=None, record={})
-        model = OmegaConf.to_container(OmegaConf.structured(GPTConfig(**SMALLEST, compile=compiled)))
-        return make_module(
-            {
-                "seed": 1,
-                "model": model,
-                "data": {},
-                "optim": {"grad_clip": 0, "skip_nonfinite": 0},
-                "trainer": {"log_every": 1},
-            },
-            data,
-        )
-
-    plain, compiled = made(False), made(True)
-    assert list(compiled.state_dict()) == list(plain.state_dict())
-    assert compiled.model._compiled_call_impl is not None and plain.model._compiled_call_impl is None
+    values, references = composed("train", "hardware=cpu", "model=gpt-nano")
+    data = SimpleNamespace(tokenizer=CharTokenizer("ab"), block_size=8, micro_batch_size=None, record={})
+    made = {}
+    for on in (False, True):
+        cfg = config.validate(config.with_value(values, "model.compile", on), "train", references)
+        made[on] = make_module(cfg, data, cfg.model_dump())
+        assert (made[on].model._compiled_call_impl is not None) == on
+    assert list(made[True].state_dict()) == list(made[False].state_dict())
 
 
 @pytest.mark.slow
@@ -59,18 +49,13 @@ def test_a_compiled_run_is_a_run_like_any_other(gptlab, tmp_path):
     user can do nothing about is printed."""
     small = [f"model.{key}={value}" for key, value in SMALLEST.items()]
     common = [*TINY, *small, "data.block_size=8", "model.compile=true", "model.dropout=0.2"]
-    cache = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
 
     def train(*arguments: str) -> None:
-        assert gptlab("train", *arguments, **cache).stderr == ""
+        assert gptlab("train", *arguments, TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "cache")).stderr == ""
 
     train(*common, "trainer.max_steps=3", "hydra.run.dir=run")
     train("resume=run", "trainer.max_steps=5")
     train(*common, "trainer.max_steps=5", "hydra.run.dir=whole")
-    run, whole = (
-        torch.load(tmp_path / name / "checkpoints/last.ckpt", weights_only=True)["state_dict"]
-        for name in ("run", "whole")
-    )
-    assert not any("_orig_mod" in name for name in run)
-    assert run.keys() == whole.keys() and all(torch.equal(run[name], whole[name]) for name in run)
+    assert not any("_orig_mod" in name for name in weights(tmp_path / "run"))
+    assert same(weights(tmp_path / "run"), weights(tmp_path / "whole"))
     assert gptlab("sample", "ckpt=run", "prompt=The", "max_new_tokens=9").stdout.startswith("The")

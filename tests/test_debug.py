@@ -1,5 +1,6 @@
 """debug=fast, overfit and profile; runs that end early; averaged weights."""
 
+import contextlib
 import json
 import logging
 import signal
@@ -11,7 +12,8 @@ import lightning as L
 import pytest
 import torch
 import yaml
-from conftest import TINY
+from composed import composed
+from conftest import TINY, assert_same_end, metrics, same, weights
 from test_callbacks import Data
 from test_module import make_module, make_trainer
 
@@ -20,29 +22,16 @@ from gptlab.callbacks.debug import Overfit, Profile
 from gptlab.callbacks.ema import EMA
 
 
-def read(run: Path) -> tuple[dict, list[dict]]:
-    """The summary without what measures the machine, and the lines of metrics.jsonl without speeds."""
-    summary = json.loads((run / "summary.json").read_text())
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return {key: value for key, value in summary.items() if key not in ("seconds", "tokens_per_s")}, [
-        line for line in lines if "train/tokens_per_s" not in line
-    ]
+def summary_of(run: Path) -> dict:
+    return json.loads((run / "summary.json").read_text())
 
 
-def steps_of(lines: list[dict], name: str) -> list[int]:
-    return [line["step"] for line in lines if name in line]
+def steps_of(run: Path, name: str) -> list[int]:
+    return [line["step"] for line in metrics(run) if name in line]
 
 
 def checkpoint(run: Path, name: str = "last") -> dict:
     return torch.load(run / f"checkpoints/{name}.ckpt", weights_only=True)
-
-
-def assert_same_run(ours: Path, theirs: Path) -> None:
-    assert read(ours) == read(theirs)
-    for name in ("last", "best"):
-        a, b = checkpoint(ours, name), checkpoint(theirs, name)
-        for key in ("global_step", "state_dict", "current_model_state", "averaging_state", "optimizer_states"):
-            torch.testing.assert_close(a.get(key), b.get(key), atol=0, rtol=0)
 
 
 def flat(model: torch.nn.Module) -> torch.Tensor:
@@ -51,25 +40,24 @@ def flat(model: torch.nn.Module) -> torch.Tensor:
 
 def test_fast_is_two_steps_of_any_experiment(gptlab, tmp_path):
     """It must win over the experiment's own numbers, and leave its model alone."""
-    done = gptlab("train", "experiment=shakespeare_char", "debug=fast", "hardware=cpu", "data.url=http://127.0.0.1:9/")
-    assert done.stderr == ""
+    gptlab("train", "experiment=addition", "debug=fast", "hardware=cpu")
     (run,) = (tmp_path / "outputs/debug").iterdir()
-    summary, lines = read(run)
-    assert (summary["steps"], summary["ended"]) == (2, "max_steps")
-    assert steps_of(lines, "train/loss") == [1, 2] and steps_of(lines, "val/loss") == [0, 1, 2]
-    config = yaml.safe_load((run / "config.yaml").read_text())
-    assert config["model"]["n_layer"] == 4 and config["data"]["block_size"] == 64
+    assert (summary_of(run)["steps"], summary_of(run)["ended"]) == (2, "max_steps")
+    assert steps_of(run, "train/loss") == [1, 2] and steps_of(run, "val/loss") == [0, 1, 2]
+    ours, theirs = (
+        composed("train", "experiment=addition", "hardware=cpu", *more)[0] for more in ((), ("debug=fast",))
+    )
+    assert yaml.safe_load((run / "config.yaml").read_text())["model"] == ours["model"] == theirs["model"]
 
 
 def test_overfit_learns_one_batch_and_ends(gptlab, tmp_path):
-    done = gptlab("train", "debug=overfit", "hardware=cpu", "hydra.run.dir=run")
+    done = gptlab("train", "debug=overfit", "hardware=cpu", "model=gpt-nano", "optim.lr=3e-3", "hydra.run.dir=run")
     assert done.stderr == "" and done.stdout.count("one batch overfit: loss 0.0") == 1
     assert "trainer.max_steps=" not in done.stdout  # nothing to go on with
-    summary, lines = read(tmp_path / "run")
-    end = summary["steps"]
-    assert end < 300 and end % 10 == 0 and checkpoint(tmp_path / "run")["global_step"] == end
-    assert steps_of(lines, "train/loss") == list(range(10, end + 1, 10)) and steps_of(lines, "val/loss") == [0, end]
-    losses = [line["train/loss"] for line in lines if "train/loss" in line]
+    run, end = tmp_path / "run", summary_of(tmp_path / "run")["steps"]
+    assert end < 1000 and end % 10 == 0 and checkpoint(run)["global_step"] == end
+    assert steps_of(run, "train/loss") == list(range(10, end + 1, 10)) and steps_of(run, "val/loss") == [0, end]
+    losses = [line["train/loss"] for line in metrics(run) if "train/loss" in line]
     assert losses[-1] <= 0.05 < losses[-2]
 
 
@@ -101,64 +89,49 @@ def test_overfit_sees_the_first_batch_in_each_step(tmp_path, caplog):
     assert all(free.training) and not any(first.training + resumed.training)  # no dropout
 
 
-def test_profile_covers_the_steps_it_was_asked_for(gptlab, tmp_path):
-    """Two of four steps are profiled: AdamW's step is there twice, not at all or four times would be wrong."""
-    profile = ["callbacks.profile.skip_steps=1", "callbacks.profile.steps=2", "callbacks.profile.rows=1000"]
-    small = ["model=gpt-nano", "hardware=cpu", "trainer.max_steps=4", "callbacks.sample_text.max_new_tokens=5"]
-    done = gptlab("train", "debug=profile", *small, *profile, "hydra.run.dir=run")
-    assert done.stderr == "" and read(tmp_path / "run")[0]["steps"] == 4
-    events = json.loads((tmp_path / "run/profile/trace.json").read_text())["traceEvents"]
-    assert sum(event["name"] == "Optimizer.step#AdamW.step" for event in events) == 2
-    (row,) = (line for line in done.stdout.splitlines() if "Optimizer.step#AdamW.step" in line)
-    assert row.split()[-1] == "2" and "aten::mm" in done.stdout and "profile/trace.json" in done.stdout
+@pytest.mark.parametrize("how", ["an exception", "an early end"])
+def test_the_profiler_is_off_when_training_ends_in_between(tmp_path, caplog, how):
+    """Left on, it ends Python with a segmentation fault instead of the exit status. AdamW's step is profiled twice, and
+    not three times."""
 
+    class End(L.Callback):
+        def on_train_batch_end(self, trainer, *rest):
+            if trainer.global_step == 3:
+                assert torch.autograd._profiler_enabled()
+                trainer.should_stop = True
+                if how == "an exception":
+                    raise RuntimeError("in between")
 
-def test_an_exception_switches_the_profiler_off(tmp_path):
-    """Left on, it ends Python with a segmentation fault instead of the exit status."""
-
-    class Fails(L.Callback):
-        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-            assert torch.autograd._profiler_enabled()
-            raise RuntimeError("in between")
-
-    callbacks = [Profile(skip_steps=0, steps=2, rows=1), Fails()]
-    with pytest.raises(RuntimeError, match="in between"):
-        make_trainer(tmp_path, 4, callbacks=callbacks, limit_val_batches=0).fit(make_module(), datamodule=Data())
+    caplog.set_level(logging.INFO)
+    trainer = make_trainer(tmp_path, 9, callbacks=[Profile(1, 8, 1000), End()], limit_val_batches=0)
+    with pytest.raises(RuntimeError) if how == "an exception" else contextlib.nullcontext():
+        trainer.fit(make_module(), datamodule=Data())
     assert not torch.autograd._profiler_enabled()
+    if how == "an early end":
+        assert "2 steps:" in caplog.text and "aten::mm" in caplog.text
+        events = json.loads((tmp_path / "profile/trace.json").read_text())["traceEvents"]
+        assert sum(event["name"] == "Optimizer.step#AdamW.step" for event in events) == 2
 
 
 KILLER = """
 import os, pathlib, signal, lightning
 
 class Kill(lightning.Callback):
-    def __init__(self, at):
-        self.at, self.done = at, pathlib.Path("killed-once")
-
-    def kill(self):
-        if not self.done.exists():
-            self.done.touch()
+    def kill(self, name):
+        if not pathlib.Path(name).exists():
+            pathlib.Path(name).touch()
             os.kill(os.getpid(), signal.SIGKILL)
 
-    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        if trainer.global_step == self.at:
-            self.kill()
+    def on_train_batch_end(self, trainer, *rest):
+        if trainer.global_step == 7:
+            self.kill("killed in step 7")
 
     def on_train_end(self, trainer, pl_module):
-        if self.at == 0:
-            self.kill()
+        self.kill("killed at the end")
 """
-# Learns fast and then no more; with what early stopping needs, kept apart from what test_train.py covers
-EARLY = [
-    *TINY,
-    "callbacks=[early_stopping,ema]",
-    "callbacks.early_stopping.patience=2",
-    "optim.lr=0.3",
-    "trainer.max_steps=100",
-    "trainer.checkpoint_every=3",
-    "trainer.log_every=5",
-    "model.dropout=0.2",
-    "hydra.run.dir=run",
-]
+EARLY = [*TINY, "callbacks=[early_stopping,ema]", "callbacks.early_stopping.patience=2", "optim.lr=0.3",
+         "trainer.max_steps=100", "trainer.checkpoint_every=3", "trainer.log_every=5", "model.dropout=0.2",
+         "hydra.run.dir=run"]  # learns fast and then no more  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -172,8 +145,8 @@ def early(tmp_path_factory) -> Path:
 
 
 def test_early_stopping_ends_after_the_validation_that_exhausts_the_patience(early):
-    summary, lines = read(early)
-    losses = {line["step"]: line["val/loss"] for line in lines if "val/loss" in line and line["step"]}
+    summary = summary_of(early)
+    losses = {line["step"]: line["val/loss"] for line in metrics(early) if "val/loss" in line and line["step"]}
     best = min(losses, key=losses.get)
     assert summary["ended"] == "early_stopping" and 10 <= summary["steps"] < 100
     assert summary["steps"] == max(losses) == best + 4 == checkpoint(early)["global_step"]
@@ -184,21 +157,20 @@ def test_early_stopping_ends_after_the_validation_that_exhausts_the_patience(ear
     assert "gptlab.sample" in shown and "resume=" not in shown
 
 
-@pytest.mark.parametrize("at", [7, 0])
-def test_a_killed_run_stops_early_all_the_same(gptlab, tmp_path, early, at):
-    """Killed in step 7 (goes on from 6), and between the end of training and the summary: patience, averaged and raw
-    weights, metrics and the end are bitwise those of the untouched run."""
+def test_a_run_killed_twice_stops_early_all_the_same(gptlab, tmp_path, early):
+    """Killed in step 7 (resumed from 6), and between the end of training and the summary: patience, averaged and raw
+    weights, metrics and the end are bitwise those of the uninterrupted run."""
     (tmp_path / "killer.py").write_text(KILLER)
-    kill = ["+callbacks.kill._target_=killer.Kill", f"+callbacks.kill.at={at}"]
-    gptlab("train", *EARLY, *kill, status=-signal.SIGKILL, PYTHONPATH=str(tmp_path))
+    path, resume = {"PYTHONPATH": str(tmp_path)}, ["resume=run", "trust=true"]
+    gptlab("train", *EARLY, "+callbacks.kill._target_=killer.Kill", status=-signal.SIGKILL, **path)
+    gptlab("train", *resume, status=-signal.SIGKILL, **path)
     assert not (tmp_path / "run/summary.json").exists()
-    done = gptlab("train", "resume=run", PYTHONPATH=str(tmp_path))
-    assert done.stderr == ""
-    assert_same_run(tmp_path / "run", early)
-    if at == 0:
-        said = gptlab("train", "resume=run", "trainer.max_steps=200", PYTHONPATH=str(tmp_path)).stdout
-        assert "is finished: val/loss has not improved" in said
-        assert_same_run(tmp_path / "run", early)
+    gptlab("train", *resume, **path)
+    assert "is finished: val/loss has not improved" in gptlab("train", *resume, "trainer.max_steps=200", **path).stdout
+    assert_same_end(tmp_path / "run", early)
+    ours, theirs = checkpoint(tmp_path / "run"), checkpoint(early)
+    for key in ("current_model_state", "averaging_state"):
+        torch.testing.assert_close(ours[key], theirs[key], atol=0, rtol=0)
 
 
 def test_a_run_that_is_out_of_time_only_pauses(gptlab, tmp_path):
@@ -211,28 +183,22 @@ def test_a_run_that_is_out_of_time_only_pauses(gptlab, tmp_path):
         "trainer.log_every=7",
         "optim.decay_steps=9000",
     ]
-    done = gptlab("train", *rest, "trainer.max_time=00:00:00:01", "hydra.run.dir=run")
+    done = gptlab("train", *rest, "trainer.max_time=1s", "hydra.run.dir=run")
     run = tmp_path / "run"
-    summary, lines = read(run)
-    step = summary["steps"]
-    assert summary["ended"] == "max_time" and f"stopped at step {step}: " in done.stdout and done.stderr == ""
-    assert steps_of(lines, "val/loss") == [0, step] and checkpoint(run)["global_step"] == step
+    step = summary_of(run)["steps"]
+    assert summary_of(run)["ended"] == "max_time" and f"stopped at step {step}: " in done.stdout and done.stderr == ""
+    assert steps_of(run, "val/loss") == [0, step] and checkpoint(run)["global_step"] == step
     assert "resume=run trainer.max_time=null" in done.stdout
 
     before = (run / "summary.json").read_bytes()
-    assert "time that trainer.max_time allows is over" in gptlab("train", "resume=run").stdout
+    assert "trainer.max_time is over" in gptlab("train", "resume=run").stdout
     assert (run / "summary.json").read_bytes() == before
 
-    more = ["trainer.max_time=00:01:00:00", f"trainer.max_steps={step + 10}"]
-    gptlab("train", "resume=run", *more)
-    elapsed = checkpoint(run)["callbacks"]["Timer"]["time_elapsed"]["train"]
-    assert read(run)[0]["ended"] == "max_steps" and elapsed > 1
-
+    gptlab("train", "resume=run", "trainer.max_time=1h", f"trainer.max_steps={step + 10}")
+    assert checkpoint(run)["callbacks"]["Timer"]["time_elapsed"]["train"] > 1
     gptlab("train", *rest, f"trainer.max_steps={step + 10}", "hydra.run.dir=whole")
-    lines, whole = read(run)[1], read(tmp_path / "whole")[1]
-    assert [line for line in lines if "train/loss" in line] == [line for line in whole if "train/loss" in line]
-    ours, theirs = (checkpoint(tmp_path / name)["state_dict"] for name in ("run", "whole"))
-    torch.testing.assert_close(ours, theirs, atol=0, rtol=0)
+    ours, theirs = ([line for line in metrics(tmp_path / name) if "train/loss" in line] for name in ("run", "whole"))
+    assert ours == theirs and same(weights(run), weights(tmp_path / "whole"))
 
 
 class Recorder(L.Callback):
@@ -282,16 +248,3 @@ def test_ema_is_what_is_validated_and_saved(tmp_path):
     loaded.load_state_dict(checkpoint(tmp_path, "best")["state_dict"])
     make_trainer(tmp_path).validate(loaded, datamodule=Data(), verbose=False)
     assert loaded.validated["val/loss"] == module.best["val/loss"]
-
-
-def test_a_profile_that_is_cut_short_shows_what_there_is(tmp_path, caplog):
-    """Left running, the profiler crashes the interpreter on its way out."""
-
-    class Stop(L.Callback):
-        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-            trainer.should_stop = trainer.should_stop or trainer.global_step == 3
-
-    with caplog.at_level(logging.INFO):
-        trainer = make_trainer(tmp_path, 9, callbacks=[Stop(), Profile(1, 8, 3)], limit_val_batches=0)
-        trainer.fit(make_module(), datamodule=Data())
-    assert "2 steps:" in caplog.text and (tmp_path / "profile/trace.json").exists()

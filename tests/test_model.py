@@ -5,7 +5,6 @@ import math
 import pytest
 import torch
 import yaml
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 from gptlab.config import CONF
@@ -90,17 +89,10 @@ def test_causality():
     assert (before[:, 9:] != after[:, 9:]).any(dim=-1).all()
 
 
-@pytest.mark.parametrize(
-    ("preset", "parameters"),
-    [
-        ("gpt2", 124_439_808),  # the sizes of the published GPT-2 weights
-        ("gpt2-medium", 354_823_168),
-        ("gpt2-large", 774_030_080),
-        ("gpt2-xl", 1_557_611_200),
-    ],
-)
+@pytest.mark.parametrize(("preset", "parameters"), [("gpt2", 124_439_808), ("gpt2-medium", 354_823_168),
+                                                    ("gpt2-large", 774_030_080), ("gpt2-xl", 1_557_611_200)])  # fmt: skip
 def test_gpt2_parameter_counts(preset, parameters):
-    """A forgotten bias, norm or projection, or an untied head, would show."""
+    """Those of the published weights: a forgotten bias, norm or projection, or an untied head, would show."""
     sizes = {k: v for k, v in yaml.safe_load((CONF / f"model/{preset}.yaml").read_text()).items() if k != "defaults"}
     with torch.device("meta"):
         model = GPT(vocab_size=50257, block_size=1024, **sizes)
@@ -121,13 +113,6 @@ def test_initialisation_is_gpt2s():
     assert model.lm_head.weight is model.transformer.wte.weight
 
 
-def test_first_loss_is_that_of_a_uniform_guess():
-    ids = torch.randint(0, 65, (8, 65))
-    model = GPT(vocab_size=65, block_size=64, n_layer=2, n_head=2, n_embd=64)
-    loss = F.cross_entropy(model(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten())
-    assert loss.item() == pytest.approx(math.log(65), abs=0.1)
-
-
 def test_padded_vocabulary_takes_no_part():
     """The padding adds rows, but the loss, its gradient and the probabilities are those of the model without it."""
     plain, padded = small(), small(vocab_multiple=8)
@@ -146,13 +131,6 @@ def test_padded_vocabulary_takes_no_part():
     gradient = padded.transformer.wte.weight.grad
     torch.testing.assert_close(gradient[:11], plain.transformer.wte.weight.grad)
     assert (gradient[11:] == 0).all()
-
-
-def test_state_dict_has_gpt2s_names():
-    names = set(small().state_dict())
-    assert {"transformer.wte.weight", "transformer.wpe.weight", "transformer.h.1.attn.c_attn.bias", "lm_head.weight",
-            "transformer.h.0.mlp.c_proj.weight", "transformer.ln_f.weight"} <= names  # fmt: skip
-    assert len(names) == 3 + 2 * 12 + 2
 
 
 def test_dropout_acts_in_training_only():
@@ -195,18 +173,12 @@ def test_activation_checkpointing_computes_the_same(dropout):
 
 
 def test_activation_checkpointing_keeps_one_tensor_per_block():
-    """Four more blocks cost their inputs (4, 7, 12) in 32 bits, to the byte; without it, more than ten times that."""
+    """Four more blocks cost their inputs (4, 7, 12) in 32 bits, to the byte; without it, or in eval mode, more than ten
+    times that."""
     inputs = 4 * 4 * 7 * 12 * 4
-    kept = {on: [bytes_kept(small(n_layer=n, activation_checkpointing=on)) for n in (2, 6)] for on in (True, False)}
-    assert kept[True][1] - kept[True][0] == inputs
-    assert kept[False][1] - kept[False][0] > 10 * inputs
-
-
-def test_activation_checkpointing_is_for_training_only():
-    checkpointed, plain = small(activation_checkpointing=True).eval(), small().eval()
-    ids = torch.randint(0, 11, (2, 7))
-    assert torch.equal(checkpointed(ids), plain(ids))
-    assert bytes_kept(checkpointed) == bytes_kept(plain)
+    for on, training in ((True, True), (False, True), (True, False)):
+        few, many = (bytes_kept(small(n_layer=n, activation_checkpointing=on).train(training)) for n in (2, 6))
+        assert many - few == inputs if on and training else many - few > 10 * inputs
 
 
 @pytest.mark.parametrize(
@@ -223,20 +195,12 @@ def test_sizes_that_cannot_be_built(changes):
     [
         (torch.zeros(1, 8, dtype=torch.int64), ValueError, "8 tokens is longer than block_size=7"),
         (torch.full((1, 7), 11), IndexError, "out of range"),
-        (torch.zeros(1, 7), RuntimeError, "Long"),
-        (torch.zeros(7, dtype=torch.int64), ValueError, "unpack"),
     ],
 )
 def test_bad_inputs_raise(ids, error, text):
     """None of them may give a result, whether we or torch refuse it."""
     with pytest.raises(error, match=text):
         small()(ids)
-
-
-def test_forward_works_on_fake_tensors():
-    """It looks at no value, which on a GPU would make every step wait for the host."""
-    with FakeTensorMode():
-        assert small().train()(torch.zeros(2, 7, dtype=torch.int64)).shape == (2, 7, 11)
 
 
 def test_flops_per_token():

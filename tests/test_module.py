@@ -68,7 +68,7 @@ def gradients(folder, batch, **settings):
 
 
 @pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("micro_batch_size", [1, 3, 5, 12, 100])
+@pytest.mark.parametrize("micro_batch_size", [1, 5, 100])
 def test_micro_batches_give_the_gradients_of_one_batch(tmp_path, masked, micro_batch_size):
     """The reference is plain autograd over the whole batch. Dividing each micro-batch by its own tokens, the slip this
     guards against, is off by far more than 1e-6 for uneven masks and for 5 + 5 + 2 sequences."""
@@ -93,8 +93,8 @@ def test_a_micro_batch_without_counted_tokens_changes_nothing(tmp_path):
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "fp16"])
 def test_clipping_in_every_precision(tmp_path, precision):
-    """The norm after clipping is the limit. In fp16 the gradients are scaled by 65536 until just before the step:
-    clipped too early, they would end at 0.05 / 65536."""
+    """The norm after clipping is the limit. In fp16 the gradients are scaled by 65536 until just before the step: clipped
+    too early, they would end at 0.05 / 65536; and a fused step would unscale them afterwards."""
     settings = {"precision": precision}
     if precision == "fp16":  # Lightning offers it on GPUs only; the same plugin runs here with a scaler for CPUs
         settings = {"plugins": [MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))]}
@@ -104,18 +104,14 @@ def test_clipping_in_every_precision(tmp_path, precision):
     norm = torch.linalg.vector_norm(torch.cat([g.flatten() for g in module.seen.values()]))
     assert norm.item() == pytest.approx(0.05, rel=1e-3)
     assert module.logged["train/clipped_share"] == 1.0
+    optimizer = module.optimizers().optimizer
+    assert optimizer.defaults["fused"] == (precision != "fp16")
+    assert all(
+        t.dtype == torch.float32 for state in optimizer.state.values() for t in (state["exp_avg"], *module.parameters())
+    )
     unclipped = gradients(tmp_path, next(batches()))
     true_norm = torch.linalg.vector_norm(torch.cat([g.flatten() for g in unclipped.values()]))
     assert module.logged["train/grad_norm"] == pytest.approx(true_norm.item(), rel=0.02)
-
-
-def test_fused_adamw_only_without_a_scaler(tmp_path):
-    """A fused step under a scaler would unscale the gradients after they were clipped."""
-    plain = fit(make_module(), tmp_path, batches())
-    assert plain.optimizers().optimizer.defaults["fused"] is True
-    plugin = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))
-    scaled = fit(make_module(), tmp_path, batches(), plugins=[plugin])
-    assert scaled.optimizers().optimizer.defaults["fused"] is False
 
 
 def test_overflow_in_fp16_skips_the_update_and_counts_the_step(tmp_path):
@@ -125,12 +121,6 @@ def test_overflow_in_fp16_skips_the_update_and_counts_the_step(tmp_path):
     fit(module, tmp_path, batches(), plugins=[plugin])
     assert module.trainer.global_step == 1
     assert all(torch.equal(before[name], p) for name, p in module.model.named_parameters())
-
-
-def test_bf16_keeps_the_update_in_32_bits(tmp_path):
-    module = fit(make_module(), tmp_path, batches(3), precision="bf16-mixed")
-    assert all(p.dtype == torch.float32 for p in module.model.parameters())
-    assert all(s["exp_avg"].dtype == torch.float32 for s in module.optimizers().optimizer.state.values())
 
 
 def test_steps_follow_an_independent_loop(tmp_path):

@@ -3,12 +3,12 @@
 import logging
 import math
 import os
-from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 from torch.profiler import ProfilerActivity, profile
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader, Dataset
 
 log = logging.getLogger(__name__)
 
@@ -25,25 +25,21 @@ class Overfit(L.Callback):
     """Trains on the first step's batch in every step, without dropout, until train/loss <= `target`."""
 
     def __init__(self, target: float) -> None:
-        self.target = target
-        self.reached = False
+        self.target, self.reached = target, False
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        data = trainer.datamodule
-        every_step = data.train_dataloader
+        every_step = trainer.datamodule.train_dataloader
 
-        def train_dataloader() -> DataLoader:
+        def first_step() -> DataLoader:
             loader = every_step()
-            return DataLoader(loader.dataset, sampler=FirstStepOnly(loader.sampler), batch_size=None)
+            return DataLoader(FirstStep(loader.dataset), sampler=loader.sampler, batch_size=None)
 
-        data.train_dataloader = train_dataloader
+        trainer.datamodule.train_dataloader = first_step
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         pl_module.model.eval()  # no dropout, whatever the model's keys are called
 
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs, batch, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         if trainer.global_step % pl_module.log_every == 0 or trainer.should_stop:  # train/loss is new
             self.reached = pl_module.logged["train/loss"] <= self.target
             trainer.should_stop = trainer.should_stop or self.reached
@@ -56,17 +52,14 @@ class Overfit(L.Callback):
             log.warning(NOT_OVERFIT, loss, steps, self.target)
 
 
-class FirstStepOnly(Sampler[int]):
-    """Step 0 as often as there are steps left, with the length that Lightning counts by."""
+class FirstStep(Dataset):
+    """The batch of step 0, whichever is asked for."""
 
-    def __init__(self, steps: Sampler[int]) -> None:
+    def __init__(self, steps: Dataset) -> None:
         self.steps = steps
 
-    def __iter__(self) -> Iterator[int]:
-        return (0 for _ in self.steps)
-
-    def __len__(self) -> int:
-        return len(self.steps)
+    def __getitem__(self, step: int) -> Any:
+        return self.steps[0]
 
 
 class Profile(L.Callback):
@@ -84,16 +77,14 @@ class Profile(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._first = trainer.global_step + self.skip_steps
 
-    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch, batch_idx: int) -> None:
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         if trainer.is_global_zero and trainer.global_step == self._first:
             os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # no lines about the profiler's own start and stop
             on_cpu = pl_module.device.type == "cpu"
             self._profiler = profile(activities=[ProfilerActivity.CPU] if on_cpu else None)  # None: all there are
             self._profiler.start()
 
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs, batch, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         if trainer.global_step == self._first + self.steps:
             self.on_train_end(trainer, pl_module)
 
@@ -104,8 +95,7 @@ class Profile(L.Callback):
             profiler.export_chrome_trace(str(trace))
             key = f"self_{'cpu' if pl_module.device.type == 'cpu' else 'device'}_time_total"
             table = profiler.key_averages().table(sort_by=key, row_limit=self.rows, max_name_column_width=40)
-            steps = trainer.global_step - self._first
-            log.info("\n%d steps:\n%s", steps, table)
+            log.info("\n%d steps:\n%s", trainer.global_step - self._first, table)
             log.info("timeline: profile/trace.json in the run folder; open it at https://ui.perfetto.dev\n")
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:

@@ -40,44 +40,33 @@ class Progress(L.Callback):
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch, batch_idx: int) -> None:
         logged = pl_module.logged
         if self._bar is not None and trainer.global_step % pl_module.log_every == 0 and "train/loss" in logged:
-            text = f"loss {logged['train/loss']:.3f}"
-            if "train/tokens_per_s" in logged:
-                text += f", {logged['train/tokens_per_s']:,.0f} tok/s"
-            self._bar.set_postfix_str(text, refresh=False)
+            speed = f", {logged['train/tokens_per_s']:,.0f} tok/s" if "train/tokens_per_s" in logged else ""
+            self._bar.set_postfix_str(f"loss {logged['train/loss']:.3f}{speed}", refresh=False)
 
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs, batch, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         if self._bar is not None:
             self._bar.update()
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.is_global_zero:
             v = pl_module.validated
-            text = f"step {v['step']:{len(str(trainer.max_steps))}d}: validation loss {v['val/loss']:.4f}"
+            more = f"{v['val/bits_per_byte']:.4f} bits per byte"
             if "val/accuracy" in v:
-                log.info("%s, %.2f %% answered exactly", text, 100 * v["val/accuracy"])
-            else:
-                log.info("%s, %.4f bits per byte", text, v["val/bits_per_byte"])
+                more = f"{100 * v['val/accuracy']:.2f} % answered exactly"
+            step = str(v["step"]).rjust(len(str(trainer.max_steps)))
+            log.info("step %s: validation loss %.4f, %s", step, v["val/loss"], more)
 
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._close()
-
-    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        self._close()
-
-    def _close(self) -> None:
+    def on_train_end(self, *_: Any) -> None:
         if self._bar is not None:
             self._bar.close()
             self._bar = None
 
+    on_exception = on_train_end
+
 
 class SampleText(L.Callback):
-    """After each validation, print a continuation of `prompt` and put it into TensorBoard's text tab.
-
-    Without a prompt, the tokenizer's `start` is continued. The text depends on weights and step alone: it has a random
-    generator of its own.
-    """
+    """After each validation, prints a continuation of `prompt`, or of the tokenizer's `start`, and puts it into
+    TensorBoard's text tab. It depends on weights and step alone: it has a random generator of its own."""
 
     def __init__(self, prompt: str | None, max_new_tokens: int, temperature: float, top_k: int | None) -> None:
         self.prompt, self.max_new_tokens, self.temperature, self.top_k = prompt, max_new_tokens, temperature, top_k
@@ -110,14 +99,8 @@ class SampleText(L.Callback):
         interrupts = [callback for callback in trainer.callbacks if isinstance(callback, Interrupts)]
         ids = self._ids.tolist()
         with trainer.precision_plugin.forward_context():
-            for next_id in generate(
-                pl_module.model,
-                idx,
-                self.max_new_tokens,
-                temperature=self.temperature,
-                top_k=self.top_k,
-                generator=generator,
-            ):
+            settings = {"temperature": self.temperature, "top_k": self.top_k, "generator": generator}
+            for next_id in generate(pl_module.model, idx, self.max_new_tokens, **settings):
                 ids.append(int(next_id))
                 if any(callback.in_a_hurry for callback in interrupts):
                     log.info("the sample is cut short: the run was asked to stop")

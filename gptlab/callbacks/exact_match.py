@@ -1,6 +1,7 @@
 """Accuracy on held-out problems."""
 
 import logging
+from typing import Any
 
 import lightning as L
 import torch
@@ -27,9 +28,7 @@ class ExactMatch(L.Callback):
         self._exact = self._asked = 0
         self._mistakes: list[Tensor] = []
 
-    def on_validation_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs, batch, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
+    def on_validation_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, _, batch, *rest: Any) -> None:
         if not isinstance(trainer.datamodule, ProblemData):
             return
         ids, mask = batch

@@ -2,6 +2,7 @@
 
 import re
 import time
+from typing import Any
 
 import lightning as L
 import torch
@@ -9,17 +10,8 @@ import torch
 from gptlab.data.windows import TimedLoader
 
 # Dense peak of bf16 and fp16 matrix products, FLOP/s per device, from the vendors' data sheets; the first that matches.
-PEAK_FLOPS = {
-    "H200": 989e12,
-    "H100 PCIe": 756e12,
-    "H100": 989e12,
-    "A100": 312e12,
-    "L40S": 362e12,
-    "L4": 121e12,
-    "4090": 165e12,
-    "V100": 125e12,
-    "T4": 65e12,
-}
+PEAK_FLOPS = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12,
+              "4090": 165e12, "V100": 125e12, "T4": 65e12}  # fmt: skip
 
 
 class Throughput(L.Callback):
@@ -28,10 +20,9 @@ class Throughput(L.Callback):
     steps and stands still during validation and sampling."""
 
     def __init__(self) -> None:
-        self.tokens = self.seconds = 0.0  # of the whole process
-        self._interval_tokens = self._interval_seconds = self._interval_waited = 0.0
-        self._since: float | None = None
-        self._waited_before = 0.0
+        self.tokens = self.seconds = self.waited = 0.0  # of the whole process, up to where the clock was stopped
+        self._at_log = (0.0, 0.0, 0.0)  # the same at the last log
+        self._since: tuple[float, float] | None = None  # time and seconds waited when the clock was started
 
     @property
     def tokens_per_s(self) -> float | None:
@@ -42,45 +33,41 @@ class Throughput(L.Callback):
         peak = peak_flops(pl_module.device, str(trainer.precision))
         self._mfu_per_token = flops() / (peak * trainer.world_size) if flops and peak else None
 
-    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch, batch_idx: int) -> None:
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         if self._since is None:
-            self._start_clock(trainer)
+            self._since = _read_clock(trainer)
 
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs, batch, batch_idx: int
-    ) -> None:
-        self._interval_tokens += trainer.datamodule.batch_size * trainer.datamodule.block_size
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+        self.tokens += trainer.datamodule.batch_size * trainer.datamodule.block_size
         if trainer.global_step % pl_module.log_every == 0 or trainer.should_stop:
-            self._stop_clock(trainer, pl_module.device)
-            self._start_clock(trainer)
-            if self._interval_seconds:  # 0: a clock that stands still
-                pl_module.log_metrics(self._interval_metrics(trainer))
-            self.tokens += self._interval_tokens
-            self.seconds += self._interval_seconds
-            self._interval_tokens = self._interval_seconds = self._interval_waited = 0.0
-
-    def _interval_metrics(self, trainer: L.Trainer) -> dict[str, float]:
-        speed = self._interval_tokens / self._interval_seconds
-        metrics = {"train/tokens_per_s": speed}
-        if isinstance(trainer.train_dataloader, TimedLoader):
-            metrics["train/data_wait"] = self._interval_waited / self._interval_seconds
-        if self._mfu_per_token:
-            metrics["train/mfu"] = speed * self._mfu_per_token
-        return metrics
+            self._stop_clock(trainer)
+            totals = (self.tokens, self.seconds, self.waited)
+            tokens, seconds, waited = (now - before for now, before in zip(totals, self._at_log, strict=True))
+            if seconds:  # 0: a clock that stands still
+                metrics = {"train/tokens_per_s": tokens / seconds}
+                if isinstance(trainer.train_dataloader, TimedLoader):
+                    metrics["train/data_wait"] = waited / seconds
+                if self._mfu_per_token:
+                    metrics["train/mfu"] = self._mfu_per_token * tokens / seconds
+                pl_module.log_metrics(metrics)
+            self._at_log, self._since = totals, _read_clock(trainer)
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self._since is not None:
-            self._stop_clock(trainer, pl_module.device)
+            self._stop_clock(trainer)
 
-    def _start_clock(self, trainer: L.Trainer) -> None:
-        self._since, self._waited_before = time.perf_counter(), getattr(trainer.train_dataloader, "waited", 0.0)
-
-    def _stop_clock(self, trainer: L.Trainer, device: torch.device) -> None:
-        if device.type != "cpu":
-            torch.accelerator.synchronize(device)
-        self._interval_seconds += time.perf_counter() - self._since
-        self._interval_waited += getattr(trainer.train_dataloader, "waited", 0.0) - self._waited_before
+    def _stop_clock(self, trainer: L.Trainer) -> None:
+        if trainer.strategy.root_device.type != "cpu":
+            torch.accelerator.synchronize()
+        now, waited = _read_clock(trainer)
+        self.seconds += now - self._since[0]
+        self.waited += waited - self._since[1]
         self._since = None
+
+
+def _read_clock(trainer: L.Trainer) -> tuple[float, float]:
+    """Time, and the seconds waited for the loader so far."""
+    return time.perf_counter(), getattr(trainer.train_dataloader, "waited", 0.0)
 
 
 def peak_flops(device: torch.device, precision: str) -> float | None:
