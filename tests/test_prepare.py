@@ -286,7 +286,7 @@ BAD_ROWS = {
 
 def test_unreadable_rows_are_counted_and_the_rest_kept(tmp_path):
     rows = [row for bad in BAD_ROWS.values() for row in (b'{"text": "good"}', bad)]
-    (tmp_path / "a.jsonl").write_bytes(b"\n".join(rows))
+    (tmp_path / "a.jsonl").write_bytes(b"\n".join(rows) + b"\n")
     meta = json.loads(make(tmp_path / "out", [tmp_path / "a.jsonl"], val_share=0.5)["meta.json"])
     assert meta["unreadable"] == sum(1 + bad.count(b"\n") for bad in BAD_ROWS.values())
     assert meta["val"]["documents"] + meta["train"]["documents"] == len(BAD_ROWS)
