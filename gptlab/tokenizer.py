@@ -16,17 +16,16 @@ MAX_VOCAB_SIZE = 2**20  # five times the largest vocabulary in use
 
 
 class CharTokenizer:
-    """One token per character; ids follow the order of `chars`, such as `CharTokenizer("0123456789")`.
-
-    Raises:
-        UserError: `chars` is empty, repeats a character, or has lone surrogates.
-    """
+    """One token per character; ids follow the order of `chars`, such as `CharTokenizer("0123456789")`."""
 
     def __init__(self, chars: str) -> None:
-        if not isinstance(chars, str) or not chars or len(set(chars)) != len(chars):
-            raise UserError("a character vocabulary must be a string of at least one character, none twice")
-        if any("\ud800" <= char <= "\udfff" for char in chars):
-            raise UserError("a character vocabulary must not have lone surrogates")
+        if (
+            not isinstance(chars, str)
+            or not chars
+            or len(set(chars)) != len(chars)
+            or re.search("[\ud800-\udfff]", chars)
+        ):
+            raise UserError("a character vocabulary must be a string of characters, none twice, no lone surrogates")
         self.chars = chars
         self._id_of_code = np.full(sys.maxunicode + 1, -1, dtype=np.int32)
         self._id_of_code[code_points(chars)] = np.arange(len(chars))
@@ -53,18 +52,14 @@ class CharTokenizer:
         """
         ids = self._id_of_code[code_points(text)]
         if (ids < 0).any():
-            raise UserError(self._describe_unknown(text, int(np.argmax(ids < 0))))
+            at = int(np.argmax(ids < 0))
+            if "\ud800" <= text[at] <= "\udfff":
+                raise UserError(_describe_surrogate(text, at))
+            raise UserError(
+                f"character {text[at]!r} (U+{ord(text[at]):04X}, at position {at}) is not in the vocabulary of "
+                f"{self.vocab_size} characters: {self.chars!r:.100}"
+            )
         return ids.astype(id_type(self.vocab_size))
-
-    def _describe_unknown(self, text: str, at: int) -> str:
-        char = text[at]
-        if "\ud800" <= char <= "\udfff":
-            return _describe_surrogate(text, at)
-        more = f" and {self.vocab_size - 100} more" if self.vocab_size > 100 else ""
-        return (
-            f"character {char!r} (U+{ord(char):04X}, at position {at}) is not in the vocabulary of {self.vocab_size} "
-            f"characters: {self.chars[:100]!r}{more}"
-        )
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text; U+FFFD for an unknown id."""
@@ -86,9 +81,6 @@ class BPETokenizer:
     Args:
         tokens: the bytes of each id: the 256 single bytes, and merged tokens in the order in which they were learned.
             One more id follows, the end of a text, which no text is encoded to.
-
-    Raises:
-        UserError: a token twice, a byte missing, or more tokens than MAX_VOCAB_SIZE.
     """
 
     # GPT-2's, as tiktoken writes it: possessive where backtracking cannot help.
@@ -98,10 +90,8 @@ class BPETokenizer:
 
     def __init__(self, tokens: list[bytes]) -> None:
         self.tokens = tokens
-        if not 256 <= len(tokens) < MAX_VOCAB_SIZE:
-            raise UserError(f"a BPE vocabulary must have 256 to {MAX_VOCAB_SIZE - 1:,} tokens, not {len(tokens):,}")
-        if len(set(tokens)) != len(tokens) or b"" in tokens:
-            raise UserError("a BPE vocabulary must have no token twice, and no empty one")
+        if len(tokens) >= MAX_VOCAB_SIZE or len(set(tokens)) != len(tokens) or b"" in tokens:
+            raise UserError(f"a BPE vocabulary must have < {MAX_VOCAB_SIZE:,} tokens, none twice and none empty")
         if missing := {bytes([i]) for i in range(256)}.difference(tokens):
             raise UserError(f"a BPE vocabulary must have every single byte, and lacks {sorted(missing)[0]!r}")
         self._bytes_of_id = [*tokens, self.END_OF_TEXT.encode()]
@@ -109,13 +99,7 @@ class BPETokenizer:
     @classmethod
     def learn(cls, pieces: Iterable[str], vocab_size: int) -> "BPETokenizer":
         """`vocab_size` tokens, the end of a text included, learned from a text in pieces (Sennrich et al. 2016) by
-        Hugging Face's tokenizers. The same text gives the same tokens.
-
-        Raises:
-            UserError: a vocabulary too small for the bytes, absurdly large, or larger than the text allows.
-        """
-        if not 257 <= vocab_size <= MAX_VOCAB_SIZE:
-            raise UserError(f"vocab_size={vocab_size} must be 257 (bytes and end of text) to {MAX_VOCAB_SIZE:,}")
+        Hugging Face's tokenizers. The same text gives the same tokens. Raises UserError if it yields fewer."""
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # unset, it warns about worker processes started later
         from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
@@ -181,7 +165,7 @@ def _byte_of_character() -> dict[str, int]:
 
 
 def _split_long_whitespace(text: str) -> Iterator[str]:
-    """The text as it is, but split within runs of hundreds of thousands of whitespace characters: tiktoken would crash."""
+    """The text, but split within runs of hundreds of thousands of whitespace characters: tiktoken would crash."""
     most, start = 400_000, 0
     for end in range(most, len(text), most):
         if text[end - most : end + 1].isspace():
@@ -210,18 +194,12 @@ def from_state(state: dict[str, Any]) -> CharTokenizer | BPETokenizer:
     Raises:
         UserError: a state that gptlab did not write.
     """
-    if not isinstance(state, dict):
-        raise UserError(f"a tokenizer's state must be a mapping, not {type(state).__name__}")
-    kind = state.get("type")
-    if not isinstance(kind, str):  # printed, it might have no end
-        raise UserError(f"a tokenizer's type must be a string, not {type(kind).__name__}")
+    state = state if isinstance(state, dict) else {}
+    kind, tokens = state.get("type"), state.get("tokens")
     if kind == "char":
         return CharTokenizer(state.get("chars"))
-    if kind != "bpe":
-        raise UserError(f"unknown tokenizer {kind!r:.100}; known: char, bpe, and custom classes, by _target_")
-    tokens = state.get("tokens")
-    if not isinstance(tokens, str):
-        raise UserError(f"a BPE vocabulary must be a string of tokens in base64, not {type(tokens).__name__}")
+    if kind != "bpe" or not isinstance(tokens, str):
+        raise UserError("unknown tokenizer; known: char, bpe (tokens in base64), and custom classes, by _target_")
     try:
         return BPETokenizer([base64.b64decode(token, validate=True) for token in tokens.split(" ")])
     except ValueError as error:

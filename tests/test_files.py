@@ -16,15 +16,7 @@ import pytest
 import tiktoken
 
 from gptlab.data import files
-from gptlab.data.files import (
-    TextFiles,
-    available_cores,
-    data_folder,
-    fetch,
-    load_gpt2_tokenizer,
-    make_absolute,
-    text_files,
-)
+from gptlab.data.files import TextFiles, available_cores, fetch, load_gpt2_tokenizer, make_absolute, text_files
 from gptlab.errors import MissingFileError, UserError
 
 TEXT = b"To be, or not to be: that is the question.\n" * 20
@@ -100,26 +92,23 @@ def test_links_that_lead_back_add_nothing(texts):
     [
         ("", UserError, "data.val_path is missing"),
         ("text", MissingFileError, "No such file"),
-        ("texts/b.txt/x", MissingFileError, "Not a directory"),
-        ("texts/*.rst", MissingFileError, "no match as a glob"),
+        ("texts/b.txt/x", MissingFileError, "No such file"),
+        ("texts/*.rst", MissingFileError, "matches no file"),
         ("texts/dangling", MissingFileError, "No such file"),
-        ("texts/a", UserError, "a/locked.txt: Permission denied"),
         ("texts/empty", UserError, "is empty"),
         ("texts/empt*", UserError, "is empty"),
         ("texts/pipe", UserError, "not a regular file"),
         ("texts/p*", UserError, "texts/pipe is not a regular file"),
         ("/dev/zero", UserError, "not a regular file"),
-        ("markdown", MissingFileError, "a folder without .txt files"),
-        ("a\0b", MissingFileError, "null byte"),
-        ("a" * 5000, MissingFileError, "too long"),
+        ("markdown", MissingFileError, "a folder of .txt files"),
+        ("a\0b", MissingFileError, "No such file"),
+        ("a" * 5000, MissingFileError, "No such file"),
         ("a/*" * 1000, MissingFileError, "too long"),
     ],
 )
-def test_paths_that_lead_to_no_text(texts, path, error, reason, monkeypatch):
+def test_paths_that_lead_to_no_text(texts, path, error, reason):
     """One error with the key, before anything is opened: a pipe would hang."""
     (texts / "empty").touch()
-    (texts / "a/locked.txt").touch()
-    monkeypatch.setattr(os, "access", lambda file, mode: "locked" not in str(file))  # root may read everything
     (texts / "dangling").symlink_to("nowhere")
     os.mkfifo(texts / "pipe")
     (texts.parent / "markdown").mkdir()
@@ -129,34 +118,14 @@ def test_paths_that_lead_to_no_text(texts, path, error, reason, monkeypatch):
     assert "data.val_path" in str(caught.value)
 
 
-@pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="root may read everything")
-def test_folders_without_permission(texts):
-    """os.walk would leave them out in silence."""
-    (texts / "a").chmod(0)
-    try:
-        with pytest.raises(UserError, match="texts/a cannot be read"):
-            text_files("texts", "data.path")
-    finally:
-        (texts / "a").chmod(0o700)
-
-
-def test_folder_comes_from_config_then_environment(monkeypatch, tmp_path):
-    monkeypatch.setenv("GPTLAB_DATA", str(tmp_path))
-    assert data_folder(None) == tmp_path
-    assert str(data_folder("/elsewhere")) == "/elsewhere"
-    monkeypatch.delenv("GPTLAB_DATA")
-    assert data_folder(None).parts[-2:] == (".cache", "gptlab")
-
-
 # --- texts in pieces
 
 BAD_UTF8 = [b"\xff", b"\x80", b"\xc3", b"\xc3(", b"\xe2\x82", b"\xf0\x9f\x98x", b"\xed\xa0\x80", b"\xf4\x90\x80\x80"]
 
 
 @pytest.mark.parametrize("bad", BAD_UTF8)
-@pytest.mark.parametrize("end", [b"", b" more"])
-@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
-def test_the_first_bad_byte_is_named_wherever_pieces_end(tmp_path, monkeypatch, bad, end, mark):
+@pytest.mark.parametrize(("mark", "end"), [(b"", b""), (b"\xef\xbb\xbf", b" more")])
+def test_the_first_bad_byte_is_named_wherever_pieces_end(tmp_path, monkeypatch, bad, mark, end):
     """Pieces of 4 bytes cut characters everywhere; the place must be the one that decoding the whole names."""
     monkeypatch.setattr(files, "PIECE", 4)
     file = tmp_path / "my text.txt"
@@ -248,11 +217,13 @@ def test_a_failed_download_ends_in_what_to_do(server, tmp_path, trouble, monkeyp
     """Within seconds, whatever the server does, and with nothing left behind."""
     for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(files, "TIMEOUT", 0.3)
+    monkeypatch.setattr(files, "DEADLINE", 0.6)
     server.reply, file = REPLIES.get(trouble), tmp_path / "cache/a.txt"
     url = {"no server": "http://127.0.0.1:9/", "no URL": "nonsense"}.get(trouble, server.url)
     started = time.monotonic()
     with pytest.raises(MissingFileError) as error:
-        fetch(url, SHA256, file, timeout=0.3, deadline=0.6)
+        fetch(url, SHA256, file)
     assert time.monotonic() - started < 4
     for needed in (url, SHA256, str(file), "put it there, or give your copy as data.path=FILE"):
         assert needed in str(error.value)
@@ -275,8 +246,8 @@ def cache(server, gpt2_files, tmp_path, monkeypatch):
     def not_tiktokens(url):
         raise AssertionError(f"tiktoken itself reads {url}")
 
-    def local(url: str, *rest) -> bytes:
-        return download(url.replace(files.GPT2_URL, server.url), *rest)
+    def local(url: str) -> bytes:
+        return download(url.replace(files.GPT2_URL, server.url))
 
     download = files._download
     monkeypatch.setattr(files, "_download", local)
@@ -285,13 +256,6 @@ def cache(server, gpt2_files, tmp_path, monkeypatch):
     monkeypatch.setattr("tiktoken.registry.ENCODINGS", {})
     server.reply = lambda handler: answer(handler, Path(gpt2_files, CACHED[server.asked[-1]]).read_bytes())
     return tmp_path / "cache"
-
-
-def fails(name: str, cache: Path, reason: str = "HTTP Error 404") -> None:
-    with pytest.raises(MissingFileError, match=reason) as error:
-        load_gpt2_tokenizer("ask a friend")
-    for needed in (files.GPT2_URL + name, str(cache / CACHED[name]), files.GPT2_FILES[name], "or ask a friend"):
-        assert needed in str(error.value)
 
 
 def test_fetched_once_and_read_from_the_cache(gpt2_files, server, cache):
@@ -314,38 +278,13 @@ def test_a_changed_file_is_fetched_again_or_refused(gpt2_files, server, cache, n
     right = (cache / CACHED[name]).read_bytes()
     (cache / CACHED[name]).write_bytes(damage(right))
     reply, server.reply = server.reply, REPLIES["not found"]
-    fails(name, cache)
+    with pytest.raises(MissingFileError, match="HTTP Error 404") as error:
+        load_gpt2_tokenizer("ask a friend")
+    for needed in (files.GPT2_URL + name, str(cache / CACHED[name]), files.GPT2_FILES[name], "or ask a friend"):
+        assert needed in str(error.value)
     server.reply = reply
     assert load_gpt2_tokenizer("").encode("Hello world").tolist() == [15496, 995]
     assert server.asked == [name, name] and (cache / CACHED[name]).read_bytes() == right
-
-
-def test_a_cache_that_is_in_the_way(cache):
-    """A file at the folder's place, or a folder at a file's."""
-    cache.write_text("")
-    fails("vocab.bpe", cache, "[Dd]irectory|File exists")
-    cache.unlink()
-    (cache / CACHED["vocab.bpe"]).mkdir(parents=True)
-    fails("vocab.bpe", cache, "[Dd]irectory")
-
-
-@pytest.mark.parametrize("keys", [("TIKTOKEN_CACHE_DIR", "DATA_GYM_CACHE_DIR"), ("DATA_GYM_CACHE_DIR",), ()])
-def test_the_cache_is_where_tiktoken_looks(server, cache, monkeypatch, tmp_path, keys):
-    for key in ("TIKTOKEN_CACHE_DIR", "DATA_GYM_CACHE_DIR"):
-        monkeypatch.delenv(key, raising=False)
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    for key in keys:
-        monkeypatch.setenv(key, str(tmp_path / key))
-    server.reply = REPLIES["not found"]
-    fails("vocab.bpe", tmp_path / (keys[0] if keys else "data-gym-cache"))
-
-
-def test_no_cache_at_all_is_refused(server, cache, monkeypatch):
-    """tiktoken would download by itself, each time."""
-    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", "")
-    with pytest.raises(UserError, match="TIKTOKEN_CACHE_DIR is empty"):
-        load_gpt2_tokenizer("")
-    assert server.asked == []
 
 
 # --- cores
@@ -356,16 +295,14 @@ def test_no_cache_at_all_is_refused(server, cache, monkeypatch):
     [
         (None, {}, 8),
         ("0::/a/b\n", {"cpu.max": "max 100000\n", "a/b/cpu.max": "150000 100000\n"}, 2),
-        ("0::/a/b\n", {"a/cpu.max": "300000 100000\n", "a/b/cpu.max": "max 100000\n"}, 3),
+        ("0::/a/b\n", {"cpu.max": "300000 100000\n", "a/b/cpu.max": "max 100000\n"}, 3),
         ("0::/../elsewhere\n", {"cpu.max": "10000 100000\n"}, 1),
-        ("0::/\n", {"cpu.max": "9900000 100000\n"}, 8),
+        ("5:memory:/x\n0::/\n", {"cpu.max": "9900000 100000\n"}, 8),
         ("0::/\n", {"cpu.max": "nonsense"}, 8),
-        ("5:memory:/x\n4:cpu,cpuacct:/a\n0::/\n", {"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000",
-                                                   "cpu/a/cpu.cfs_quota_us": "400000", "cpu/a/cpu.cfs_period_us": "100000"}, 4),
     ],
-)  # fmt: skip
+)
 def test_cores_are_limited_by_control_groups(cgroup, limits, cores, tmp_path, monkeypatch):
-    """Of a machine with 8: the strictest quota of the group and of those around it, as of a container or a batch job."""
+    """Of a machine with 8: the quota of the group itself, as of a batch job, or of the container."""
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
     for name, content in {f"sys/fs/cgroup/{name}": content for name, content in limits.items()}.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)

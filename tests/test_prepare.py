@@ -97,18 +97,15 @@ def script(*arguments: str, cwd: Path, status: int = 0) -> str:
     return done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("kind", ["jsonl", "parquet", "hub"])
+@pytest.mark.parametrize("kind", ["jsonl", pytest.param("hub", marks=pytest.mark.slow)])
 def test_the_files_are_nanogpts(kind, tmp_path, gpt2_files):
     """4,001 documents, so that the share for validation is no whole number of them; in parts, in two processes."""
     texts = documents(4001)
     whole = write_jsonl(tmp_path / "whole.json", texts)
     (tmp_path / "in").mkdir()
     for i, some in enumerate((texts[:1500], texts[1500:])):
-        if kind == "parquet":
-            parquet.write_table(pyarrow.table({"n": [i] * len(some), "text": some}), tmp_path / f"in/{i}.parquet", 700)
-        else:
-            write_jsonl(tmp_path / f"in/{i}.jsonl", some)
-    source = f"hub={tmp_path / 'in'}" if kind == "hub" else f"path=in/*.{kind}"
+        write_jsonl(tmp_path / f"in/{i}.jsonl", some)
+    source = f"hub={tmp_path / 'in'}" if kind == "hub" else "path=in/*.jsonl"
     script(source, "out=out", "processes=2", cwd=tmp_path)
     expected = nanogpts(whole, 0.0005, tmp_path / "cache")
     for name, content in expected.items():
@@ -117,7 +114,7 @@ def test_the_files_are_nanogpts(kind, tmp_path, gpt2_files):
     assert (meta["val"]["documents"], meta["train"]["documents"], meta["unreadable"]) == (3, 3998, 0)
 
 
-@pytest.mark.parametrize(("count", "share"), [(2, 0.0005), (7, 0.5), (10, 0.3), (100, 0.29), (1000, 0.007), (10, 0.9)])
+@pytest.mark.parametrize(("count", "share"), [(2, 0.0005), (10, 0.3), (100, 0.29), (10, 0.9)])
 def test_documents_are_dealt_as_datasets_does(count, share, tmp_path):
     """Its rounding and its shuffle, for shares that are no binary fractions too."""
     from datasets import Dataset
@@ -143,46 +140,18 @@ def test_processes_and_kinds_of_source_do_not_matter(tmp_path, small_parts):
     assert one == two == rows == make(tmp_path / "4", [tmp_path / "a.parquet"])
 
 
-def test_meta_counts_by_hand(tmp_path):
-    """The 256 bytes as vocabulary: a token each, and one for the end."""
-    prepare.prepare(
-        tmp_path / "out",
-        parts_of([write_jsonl(tmp_path / "a.jsonl", ["a", "é", "🙂🙂", "é"])]),
-        BPETokenizer([bytes([i]) for i in range(256)]),
-        source={"from": "here"},
-        val_share=0.25,
-        split_seed=1,
-        processes=1,
-    )
-    meta = json.loads((tmp_path / "out/meta.json").read_text())
-    val, train = meta["val"], meta["train"]
-    assert (val["documents"], train["documents"]) == (1, 3)
-    assert val["bytes"] + train["bytes"] == 1 + 2 + 8 + 2
-    for name, about in (("val.bin", val), ("train.bin", train)):
-        assert about["tokens"] == about["bytes"] + about["documents"]
-        assert (tmp_path / "out" / name).stat().st_size == 2 * about["tokens"]
-    assert (meta["dtype"], meta["source"], meta["val_share"], meta["split_seed"]) == (
-        "uint16",
-        {"from": "here"},
-        0.25,
-        1,
-    )
-
-
-@pytest.mark.parametrize(("vocab_size", "dtype"), [(65536, "uint16"), (65537, "uint32")])
+@pytest.mark.parametrize(("vocab_size", "dtype"), [(65536, "<u2"), (65537, "<u4")])
 def test_ids_are_wide_where_the_vocabulary_is(vocab_size, dtype, tmp_path):
     """Tokens of two bytes each; the last id is that of the end of a text."""
     pairs = [bytes(pair) for pair in itertools.product(range(256), repeat=2)]
     wide = BPETokenizer([*(bytes([i]) for i in range(256)), *reversed(pairs[-(vocab_size - 257) :])])
     texts = ["hello there", "\x02 and \x01\x02", "zz"] * 5
-    files = [write_jsonl(tmp_path / "a.jsonl", texts)]
-    share = {"val_share": 0.2, "split_seed": 2357, "processes": 1}
-    meta = prepare.prepare(tmp_path / "out", parts_of(files), wide, source={}, **share)
+    parts = parts_of([write_jsonl(tmp_path / "a.jsonl", texts)])
+    prepare.prepare(tmp_path, parts, wide, source={}, val_share=0.2, split_seed=2357, processes=1)
     order = np.random.default_rng(2357).permutation(15)[3:]
     ids = np.concatenate([[*wide.encode(texts[i]), vocab_size - 1] for i in order])
-    assert meta["dtype"] == dtype and ids.max() == vocab_size - 1
-    assert (tmp_path / "out/train.bin").read_bytes() == ids.astype("<u4" if dtype == "uint32" else "<u2").tobytes()
-    data = MemmapData(path=str(tmp_path / "out"), seed=1, name="wide", block_size=4, batch_size=2)
+    assert ids.max() == vocab_size - 1 and (tmp_path / "train.bin").read_bytes() == ids.astype(dtype).tobytes()
+    data = MemmapData(path=str(tmp_path), seed=1, name="wide", block_size=4, batch_size=2)
     data.prepare_data()
     data.setup()
     assert data.train_ids.tolist() == ids.tolist()
@@ -274,10 +243,7 @@ def interrupt(monkeypatch, at: int) -> None:
 
 
 @pytest.mark.parametrize("kind", ["file", "dataset"])
-@pytest.mark.parametrize(
-    "change", [lambda texts: [text.replace("word", "fork") for text in texts], lambda texts: texts[:-1]]
-)
-def test_changed_documents_are_not_mixed(kind, change, tmp_path, small_parts, monkeypatch):
+def test_changed_documents_are_not_mixed(kind, tmp_path, small_parts, monkeypatch):
     """Their beginning is encoded: with the rest of other documents, also of the same size, the data would be neither."""
     from datasets import Dataset
 
@@ -292,22 +258,9 @@ def test_changed_documents_are_not_mixed(kind, change, tmp_path, small_parts, mo
     with pytest.raises(KeyboardInterrupt):
         attempt(texts)
     assert json.loads((tmp_path / "out/.partial/state.json").read_text())["parts"] >= 5
-    with pytest.raises(
-        UserError, match=r"unfinished work of .* documents that have changed since; .* or delete .*partial"
-    ):
-        attempt(change(texts))
+    with pytest.raises(UserError, match=r"unfinished work of .* documents that have changed since; delete .*partial"):
+        attempt([text.replace("word", "fork") for text in texts])
     assert (tmp_path / "out/.partial/ids").stat().st_size > 0  # it may have taken hours
-
-
-def test_a_damaged_state_is_no_obstacle(tmp_path, small_parts, monkeypatch):
-    source = write_jsonl(tmp_path / "a.jsonl", documents(160))
-    whole = make(tmp_path / "whole", [source])
-    for i, content in enumerate([b"", b"{", b"[]", b"{}", b'{"job": 1, "more": 2}', b"\xff"]):
-        interrupt(monkeypatch, at=20)
-        with pytest.raises(KeyboardInterrupt):
-            make(tmp_path / str(i), [source])
-        (tmp_path / f"{i}/.partial/state.json").write_bytes(content)
-        assert make(tmp_path / str(i), [source]) == whole
 
 
 # --- what cannot be read
@@ -331,16 +284,13 @@ BAD_ROWS = {
 }
 
 
-@pytest.mark.parametrize("bad", BAD_ROWS.values(), ids=BAD_ROWS)
-def test_unreadable_rows_are_counted_and_the_rest_kept(bad, tmp_path):
-    good = [json.dumps({"text": text}).encode() for text in ("one", "two", "three")]
-    (tmp_path / "a.jsonl").write_bytes(b"\n".join([good[0], bad, good[1], bad, good[2]]))
-    make(tmp_path / "out", [tmp_path / "a.jsonl"], val_share=0.5)
-    meta = json.loads((tmp_path / "out/meta.json").read_text())
-    lines = 2 * (1 + bad.count(b"\n"))
-    assert meta["unreadable"] == lines
-    assert meta["val"]["documents"] + meta["train"]["documents"] == 3
-    assert meta["val"]["bytes"] + meta["train"]["bytes"] == len("onetwothree")
+def test_unreadable_rows_are_counted_and_the_rest_kept(tmp_path):
+    rows = [row for bad in BAD_ROWS.values() for row in (b'{"text": "good"}', bad)]
+    (tmp_path / "a.jsonl").write_bytes(b"\n".join(rows) + b"\n")
+    meta = json.loads(make(tmp_path / "out", [tmp_path / "a.jsonl"], val_share=0.5)["meta.json"])
+    assert meta["unreadable"] == sum(1 + bad.count(b"\n") for bad in BAD_ROWS.values())
+    assert meta["val"]["documents"] + meta["train"]["documents"] == len(BAD_ROWS)
+    assert meta["val"]["bytes"] + meta["train"]["bytes"] == len(BAD_ROWS) * len("good")
 
 
 def test_unreadable_rows_of_parquet(tmp_path):
@@ -370,11 +320,6 @@ def test_text_files_are_documents_without_their_byte_order_mark(tmp_path):
     assert sorted(tokenizer().decode(ids).split("<|endoftext|>")) == ["", "", "one", "zwölf\r\n\ufeff"]
 
 
-def test_a_byte_order_mark_before_rows(tmp_path):
-    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n', encoding="utf-8-sig")
-    assert [text for part in parts_of([tmp_path / "a.jsonl"]) for text in read(part, "text")] == ["one", "two"]
-
-
 @pytest.mark.parametrize("size", [10, 200, 10**6])
 def test_row_groups_of_any_size_are_cut_by_rows(size, tmp_path, monkeypatch):
     """A row group may be larger than memory; each of its rows is read exactly once, in order."""
@@ -387,7 +332,7 @@ def test_row_groups_of_any_size_are_cut_by_rows(size, tmp_path, monkeypatch):
 
 
 def test_a_file_of_another_kind_is_refused(tmp_path):
-    for name, reason in (("a.json", "give .jsonl"), ("a.parquet", "not a Parquet file")):
+    for name, reason in (("a.json", "must be .jsonl"), ("a.parquet", "not a Parquet file")):
         (tmp_path / name).write_text('{"text": "some"}\n')
         with pytest.raises(UserError, match=f"path: .*{name} .*{reason}"):
             parts_of([tmp_path / name])
@@ -416,16 +361,12 @@ def test_each_row_is_read_once_however_the_file_is_cut(tmp_path_factory, rows, l
 # --- disk, memory, other processes
 
 
-def test_no_room_is_said_before_it_is_needed(tmp_path, small_parts, monkeypatch):
+def test_no_room_is_said_before_it_is_needed(tmp_path, monkeypatch):
     source = write_jsonl(tmp_path / "a.jsonl", documents(160))
-    whole = make(tmp_path / "whole", [source])
-    ids = sum(len(whole[name]) for name in ("train.bin", "val.bin"))
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=ids))  # half of what it takes
-    with pytest.raises(UserError, match=r"out needs about .* GB .*GB free"):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=source.stat().st_size - 1))
+    with pytest.raises(UserError, match=r"out needs about .* GB .*free"):
         make(tmp_path / "out", [source])
     assert os.listdir(tmp_path / "out") == [".partial"]
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=4 * ids))
-    assert make(tmp_path / "out", [source]) == whole
 
 
 def test_a_full_disk_at_any_moment(tmp_path, small_parts, monkeypatch):
@@ -474,57 +415,37 @@ def test_parts_are_encoded_only_a_few_ahead(tmp_path, small_parts):
     parts = parts_of([write_jsonl(tmp_path / "a.jsonl", documents(160))])
     assert len(parts) > 20
     taken = []
-    encoded = prepare.encode_all((taken.append(part) or part for part in parts), 2, tokenizer().state(), "text", None)
+    encoded = prepare.encode_all((taken.append(part) or part for part in parts), 2, tokenizer(), "text", None)
     next(encoded)
     assert len(taken) <= 5
     encoded.close()
 
 
-@pytest.mark.parametrize("name", FILES)
-def test_a_folder_that_holds_something_is_not_written(name, tmp_path):
+def test_a_folder_that_cannot_be_written(tmp_path):
+    """It holds something, or is a file."""
     source = write_jsonl(tmp_path / "a.jsonl", documents(20))
     (tmp_path / "out").mkdir()
-    (tmp_path / "out" / name).write_text("precious")
-    with pytest.raises(UserError, match=f"already holds {name}"):
+    (tmp_path / "out/val.bin").write_text("precious")
+    with pytest.raises(UserError, match="already holds val"):
         make(tmp_path / "out", [source])
-    assert os.listdir(tmp_path / "out") == [name] and (tmp_path / "out" / name).read_text() == "precious"
-
-
-HOLDING = """
-import sys
-from pathlib import Path
-from gptlab.data import documents, prepare
-from gptlab.tokenizer import BPETokenizer
-
-append = prepare._append
-def pause(*args):
-    print("encoding", flush=True)
-    sys.stdin.readline()
-    append(*args)
-
-prepare._append = pause
-parts, bytes_ = documents.parts_of([Path(sys.argv[1])]), BPETokenizer([bytes([i]) for i in range(256)])
-prepare.prepare(Path(sys.argv[2]), parts, bytes_, source={"by": "it"}, val_share=0.1, split_seed=1, processes=1)
-"""
+    assert os.listdir(tmp_path / "out") == ["val.bin"] and (tmp_path / "out/val.bin").read_text() == "precious"
+    with pytest.raises(UserError, match=r"out=.*a.jsonl cannot be made \(File exists\)"):
+        make(source, [source])
 
 
 def test_two_processes_on_one_folder(tmp_path):
-    """The second is refused, or waits and finds what the first one has made; its own tokenizer is another."""
-    source, out = write_jsonl(tmp_path / "a.jsonl", documents(20)), tmp_path / "out"
-    command, environment = [sys.executable, "-c", HOLDING, source, out], {"PYTHONPATH": str(SCRIPT.parents[1])}
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    with subprocess.Popen(command, env=os.environ | environment, **pipes) as first:
-        assert first.stdout.readline() == "encoding\n"
+    """The second is refused, or waits; who comes later and would have waited accepts what is there."""
+    source, out, made = write_jsonl(tmp_path / "a.jsonl", documents(20)), tmp_path / "out", []
+    out.mkdir()
+    with prepare._lock(out, wait=False):
         with pytest.raises(UserError, match=r"out: another process is writing it"):
             make(out, [source])
-        found = []
-        waiting = threading.Thread(target=lambda: found.append(make(out, [source], wait=True)))
+        waiting = threading.Thread(target=lambda: made.append(make(out, [source], wait=True)))
         waiting.start()
         waiting.join(0.3)
         assert waiting.is_alive() and not (out / "train.bin").exists()
-        first.communicate("\n", timeout=60)
     waiting.join(60)
-    assert first.returncode == 0 and json.loads(found[0]["meta.json"])["source"] == {"by": "it"}
+    assert make(out, [write_jsonl(tmp_path / "b.jsonl", documents(10))], wait=True) == made[0]
 
 
 # --- errors of the script
@@ -533,12 +454,14 @@ def test_two_processes_on_one_folder(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["path=a.jsonl", "tokenizer=word"], "tokenizer=word"),
         (["path=b.jsonl"], "path=b.jsonl: No such file or directory"),
         (["path=a.jsonl"], "or learn a vocabulary from the documents with tokenizer=bpe vocab_size=8192"),
         (["hub=no/such_set", "tokenizer=bpe", "vocab_size=300"], "hub=no/such_set cannot be loaded"),
         (["path=a.jsonl", "tokenizer=bpe", "vocab_size=257"], "val_share=0.0005 cannot split 1 documents"),
-        (["path=a.jsonl", "tokenizer=bpe", "vocab_size=257", "text_key=body"], "text_key=body: the first rows"),
+        (
+            ["path=a.jsonl", "tokenizer=bpe", "vocab_size=257", "text_key=body"],
+            "text_key=body: no text in the first rows",
+        ),
     ],
 )
 def test_errors_are_short_and_name_keys_that_there_are(arguments, said, tmp_path, monkeypatch):
@@ -553,12 +476,6 @@ def test_errors_are_short_and_name_keys_that_there_are(arguments, said, tmp_path
     assert not any((tmp_path / "out" / name).exists() for name in FILES)
 
 
-def test_who_waits_accepts_what_was_finished_before(tmp_path):
-    """Learning the vocabulary takes seconds, in which another process may have come to its end."""
-    source = write_jsonl(tmp_path / "a.jsonl", documents(20))
-    assert make(tmp_path / "out", [source]) == make(tmp_path / "out", [source], wait=True)
-
-
 POOL = """
 import multiprocessing, sys, time
 from pathlib import Path
@@ -567,7 +484,7 @@ from gptlab.tokenizer import BPETokenizer
 
 if __name__ == "__main__":
     bytes_ = BPETokenizer([bytes([i]) for i in range(256)])
-    encoded = prepare.encode_all(documents.parts_of([Path(sys.argv[1])]) * 50, 2, bytes_.state(), "text", None)
+    encoded = prepare.encode_all(documents.parts_of([Path(sys.argv[1])]) * 50, 2, bytes_, "text", None)
     next(encoded)
     print(*(worker.pid for worker in multiprocessing.active_children()), flush=True)
     time.sleep(60)
@@ -588,20 +505,3 @@ def test_workers_end_with_a_parent_that_was_killed(tmp_path):
     for worker in left:
         os.kill(worker, signal.SIGKILL)
     assert not left
-
-
-def test_a_short_first_file_is_no_measure_of_the_room_needed(tmp_path, monkeypatch):
-    """Of "a", each byte takes two ids; of the rest, about half a one."""
-    for i in range(9):
-        (tmp_path / f"{i}.txt").write_text(SAMPLE * 500 if i else "a")
-    files = sorted(tmp_path.glob("*.txt"))
-    free = 3 * sum(file.stat().st_size for file in files)
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
-    make(tmp_path / "out", files)
-    assert (tmp_path / "out/train.bin").stat().st_size > 0
-
-
-def test_a_folder_that_cannot_be_made(tmp_path):
-    source = write_jsonl(tmp_path / "a.jsonl", documents(20))
-    with pytest.raises(UserError, match=r"out=.*a.jsonl cannot be made \(File exists\)"):
-        make(source, [source])

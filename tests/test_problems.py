@@ -5,9 +5,7 @@ import json
 import logging
 import pickle
 import re
-import shutil
-import subprocess
-import sys
+import string
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,12 +15,10 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from composed import compose_entry
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lightning.pytorch.plugins import Precision
-from test_callbacks import Data
-from test_mistakes import composed
-from test_module import make_module, make_trainer
+from test_module import make_trainer
 from torch.utils.data import DataLoader
 
 from gptlab import checkpoint, optim
@@ -75,7 +71,7 @@ def all_pairs(ndigit: int) -> list[tuple[int, int]]:
 def test_the_worked_example_of_the_docstring():
     """Every number of it: 85 + 50 = 135 as the model gets it, and as people write it."""
     data = addition(2)
-    problem = data._complete(np.array([[8, 5, 5, 0]]))
+    problem = data.with_answers(np.array([[8, 5, 5, 0]]))
     ids, mask = torch.from_numpy(problem), data.mask(1)
     assert ids.tolist() == [[8, 5, 5, 0, 5, 3, 1]] and data.tokenizer.encode("8550531").tolist() == ids[0].tolist()
     assert ids[0, :-1].tolist() == [8, 5, 5, 0, 5, 3]
@@ -93,7 +89,7 @@ def test_sums_are_pythons(ndigit, drawn):
     number = st.one_of(st.integers(0, 10**ndigit - 1), st.sampled_from([0, 1, 10**ndigit - 1]))
     pairs = drawn.draw(st.lists(st.tuples(number, number), min_size=1, max_size=20))
     data = addition(ndigit)
-    problems = data._complete(rows(pairs, ndigit))
+    problems = data.with_answers(rows(pairs, ndigit))
     assert problems.shape == (len(pairs), 3 * ndigit + 1) and problems.dtype == np.int64
     for (a, b), problem in zip(pairs, problems.tolist(), strict=True):
         assert int("".join(map(str, problem[: 2 * ndigit - 1 : -1]))) == a + b  # read from the end
@@ -131,7 +127,7 @@ def test_every_small_problem_is_on_exactly_one_side(ndigit):
     assert set(seen.tolist()) == {a * 10**ndigit + b for a, b in set(pairs) - held_out}
 
 
-@pytest.mark.parametrize("ndigit", [3, 9, 18, 40])
+@pytest.mark.parametrize("ndigit", [3, 40])
 def test_a_tenth_of_the_large_ones_is_held_out_and_5000_are_measured(ndigit):
     """20,000 draws: 0.1 has a standard error of 0.002."""
     data = prepared(addition(ndigit))
@@ -145,12 +141,7 @@ def test_what_is_measured_is_the_same_for_every_seed(make):
     first, second = prepared(make(1)), prepared(make(2))
     assert np.array_equal(first.held_out, second.held_out) and first.record == second.record
     assert not np.array_equal(first.problems(0, 50), second.problems(0, 50))
-
-
-def test_other_problems_are_other_data():
-    """A resume asks for the same record."""
-    records = [prepared(data).record["sha256"] for data in (addition(2), addition(3), sorting(6, 3), sorting(6, 4))]
-    assert len(set(records)) == 4
+    assert first.record != prepared(sorting(6, 4)).record  # other problems are other data
 
 
 @FEW
@@ -219,6 +210,7 @@ def test_sorted_symbols(seed, length, n_symbols, first):
     data = sorting(length, n_symbols, seed=seed)
     assert data.block_size == 2 * length - 1 and data.tokenizer.vocab_size == n_symbols
     assert data.mask(1).tolist() == [[False] * length + [True] * length]
+    assert sorting(3, 62).tokenizer.chars == string.digits + string.ascii_letters
     for problem in data.problems(first, 5).tolist():
         question, answer = problem[:length], problem[length:]
         assert set(question) <= set(range(n_symbols)) and answer == sorted(question)
@@ -226,14 +218,7 @@ def test_sorted_symbols(seed, length, n_symbols, first):
         assert data.written(problem) == (" ".join(symbols[:length]) + " -> ", " ".join(symbols[length:]))
 
 
-def test_62_symbols_are_digits_and_letters():
-    data = sorting(3, 62)
-    assert data.tokenizer.chars[:12] == "0123456789ab" and data.tokenizer.chars[-2:] == "YZ"
-    assert set(np.unique(data.problems(0, 5000)).tolist()) == set(range(62))
-    assert data.written([2, 0, 1, 0, 1, 2]) == ("2 0 1 -> ", "0 1 2")
-
-
-@pytest.mark.parametrize(("length", "n_symbols"), [(6, 3), (2, 10), (4, 4), (10, 3), (3, 62)])
+@pytest.mark.parametrize(("length", "n_symbols"), [(6, 3), (2, 10), (10, 3), (3, 62)])
 def test_held_out_inputs_of_sorting_are_never_trained_on(length, n_symbols):
     """20,000 draws meet nearly all of the small kinds: a side that leaked would show."""
     data = prepared(sorting(length, n_symbols))
@@ -265,26 +250,16 @@ RUN = ["experiment=addition", "hardware=cpu", "model=gpt-nano", "trainer.val_eve
        "optim.warmup_steps=1", "optim.decay_steps=20"]  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("addition")
-    command = [sys.executable, "-m", "gptlab.train", *RUN, "trainer.max_steps=4", "hydra.run.dir=run"]
-    subprocess.run(command, cwd=folder, check=True, capture_output=True, timeout=300)
-    return folder / "run"
-
-
-def lines(run: Path, key: str) -> list[dict]:
-    every = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [line for line in every if key in line]
-
-
-def test_what_a_run_decided_and_measured_is_in_its_files(run):
+def test_what_a_run_decided_and_measured_is_in_its_files_and_it_can_be_asked(gptlab, tmp_path):
+    gptlab("train", *RUN, "trainer.max_steps=4", "hydra.run.dir=run")
+    run = tmp_path / "run"
     saved = yaml.safe_load((run / "config.yaml").read_text())
     kept = torch.load(run / "checkpoints/last.ckpt", weights_only=True)
     assert saved["data"]["block_size"] == kept["config"]["data"]["block_size"] == 6
     assert saved["data"]["workers"] == 0  # null, on a CPU
 
-    accuracies = [line["val/accuracy"] for line in lines(run, "val/loss")]
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    accuracies = [line["val/accuracy"] for line in lines if "val/loss" in line]
     assert len(accuracies) == 3 and all(0 <= accuracy <= 1 for accuracy in accuracies)
     summary = json.loads((run / "summary.json").read_text())
     assert summary["last"]["val/accuracy"] == accuracies[-1]
@@ -293,30 +268,9 @@ def test_what_a_run_decided_and_measured_is_in_its_files(run):
     for step, accuracy in zip((0, 2, 4), accuracies, strict=True):
         assert re.search(rf"step {step}: .*, {100 * accuracy:.2f} % answered exactly", log)
 
-    waits = [line["train/data_wait"] for line in lines(run, "train/tokens_per_s")]
-    assert len(waits) == 4 and all(0 <= wait <= 1 for wait in waits)
-
-
-def test_a_run_can_be_asked(run, gptlab):
-    """85 + 50: three digits that follow from the question, from the block size in the checkpoint."""
-    shown = gptlab("sample", f"ckpt={run}", "prompt=8550", "max_new_tokens=3", "temperature=0").stdout.strip()
-    assert re.fullmatch(r"8550\d{3}", shown)
+    shown = gptlab("sample", "ckpt=run", "prompt=8550", "max_new_tokens=3", "temperature=0").stdout.strip()
     model, tokenizer, _ = checkpoint.load(run / "checkpoints/best.ckpt")
-    assert shown[4:] == tokenizer.decode(greedy(model, torch.tensor([[8, 5, 5, 0]]), 3)[0].tolist())
-
-
-def test_a_resumed_run_is_bitwise_an_uninterrupted_one(run, gptlab, tmp_path):
-    """And it goes on with two workers, where the other has none."""
-    shutil.copytree(run, tmp_path / "run")
-    gptlab("train", "resume=run", "trainer.max_steps=6", "data.workers=2")
-    gptlab("train", *RUN, "trainer.max_steps=6", "hydra.run.dir=whole")
-    assert lines(tmp_path / "run", "val/loss") == lines(tmp_path / "whole", "val/loss")
-    assert lines(tmp_path / "run", "train/loss") == lines(tmp_path / "whole", "train/loss")
-    ours, theirs = (
-        torch.load(tmp_path / name / "checkpoints/last.ckpt", weights_only=True)["state_dict"]
-        for name in ("run", "whole")
-    )
-    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert shown == "8550" + tokenizer.decode(greedy(model, torch.tensor([[8, 5, 5, 0]]), 3)[0].tolist())
 
 
 @pytest.mark.slow
@@ -415,7 +369,7 @@ class Wreck(L.Callback):
 def test_averaged_weights_are_measured(tmp_path, caplog):
     """Of a model whose own weights answer nothing; and its mistakes are those of the average: a model of zeros gives
     0 0 0 to all. That order of callbacks is the one which is composed."""
-    order = list(composed(["callbacks=[problems,ema]"]).callbacks)
+    order = list(compose_entry("train", "callbacks=[problems,ema]").callbacks)
     assert order.index("exact_match") < order.index("ema")
     seen, data = Generated(), sorting(3, 10, batch_size=64)
     with caplog.at_level(logging.INFO):
@@ -423,56 +377,6 @@ def test_averaged_weights_are_measured(tmp_path, caplog):
     assert wreck.left < 0.05
     assert seen.measured == seen.generated and seen.measured[-1] > 0.3
     assert ", not 0 0 0" not in caplog.text
-
-
-class RightUpTo50(torch.nn.Module):
-    """Says 0, which is wrong, where a > 50, and else what is right."""
-
-    vocab_size = 10
-
-    def __init__(self, data: AdditionData) -> None:
-        super().__init__()
-        self.data = data
-
-    def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        right = torch.from_numpy(self.data._complete(ids[:, :4].numpy()))[:, 1:]
-        right[(ids[:, :2] @ torch.tensor([10, 1])) > 50] = 0
-        return torch.nn.functional.one_hot(right, 10).float()
-
-
-def test_two_processes_count_as_one():
-    """An uneven number of problems, and of mistakes: neither a share of one process nor the mean of both is the accuracy.
-    (Real processes: the slow test above.)"""
-    data, sums, measured = prepared(addition(2)), [], []
-
-    def reduce(counts: torch.Tensor, reduce_op: str) -> torch.Tensor:
-        sums.append(counts)
-        return sum(sums)  # the second process adds what the first said
-
-    for rank in range(2):
-        trainer = SimpleNamespace(datamodule=data, precision_plugin=Precision(), sanity_checking=False,
-                                  strategy=SimpleNamespace(reduce=reduce))  # fmt: skip
-        module = SimpleNamespace(model=RightUpTo50(data), device=torch.device("cpu"), measured={})
-        callback, batches = ExactMatch(0), data.val_batches(64, rank, 2)
-        callback.on_validation_epoch_start(trainer, module)
-        for k in range(len(batches)):
-            callback.on_validation_batch_end(trainer, module, None, batches[k], k)
-        callback.on_validation_epoch_end(trainer, module)
-        measured.append(module.extra_val_metrics["val/accuracy"])
-    right = [a <= 50 for a, _ in numbers(data.held_out, 2)]
-    assert measured[1] == sum(right) / len(right)
-    first = right[: len(right) // 2]
-    assert measured[0] == sum(first) / len(first) != measured[1]
-
-
-def test_exact_match_is_idle_with_text(tmp_path, caplog):
-    with caplog.at_level(logging.INFO):
-        module = make_module()
-        trainer = make_trainer(tmp_path, 2, callbacks=[Progress(), ExactMatch(5)], val_check_interval=1,
-                               check_val_every_n_epoch=None)  # fmt: skip
-        trainer.fit(module, datamodule=Data())
-    assert "val/loss" in module.validated and "val/accuracy" not in module.logged
-    assert "bits per byte" in caplog.text and "answered" not in caplog.text and "mistakes" not in caplog.text
 
 
 def test_early_stopping_once_accuracy_stops_growing(tmp_path, caplog):
@@ -493,19 +397,18 @@ class Slow(AdditionData):
         return super().problems(first, count)
 
 
-@pytest.mark.parametrize(("make", "least", "most"), [(Slow, 0.8, 1.0), (AdditionData, 0.0, 0.5)])
-def test_waiting_for_data_is_measured(tmp_path, make, least, most):
-    """0.5 s of making a batch against some milliseconds of training on it; and the other way round."""
-    data = make(ndigit=1, name="x", seed=1, batch_size=16, block_size=None)
-    module = fit(tmp_path, data, 5, 5, [Throughput()], log_every=5)
-    assert least <= module.logged["train/data_wait"] <= most
+def test_waiting_for_data_is_measured(tmp_path):
+    """0.5 s of making a batch against some milliseconds of training on it."""
+    data = Slow(ndigit=1, name="x", seed=1, batch_size=16, block_size=None)
+    module = fit(tmp_path, data, 3, 3, [Throughput()], log_every=3)
+    assert 0.8 <= module.logged["train/data_wait"] <= 1.0
 
 
 # GPT-2 on OpenWebText: nanoGPT's config/train_gpt2.py and the defaults of its train.py.
 
 
 def test_gpt2_124m_is_nanogpts_recipe():
-    cfg = composed(["hardware=gpu", "experiment=gpt2_124m", "trainer.devices=8"])
+    cfg = compose_entry("train", "hardware=gpu", "experiment=gpt2_124m", "trainer.devices=8")
     m, d, o, t = cfg.model, cfg.data, cfg.optim, cfg.trainer
     assert (m.n_layer, m.n_head, m.n_embd, m.bias, m.dropout, m.gelu) == (12, 12, 768, False, 0.0, "erf")
     assert (d.name, d.block_size, d.micro_batch_size) == ("openwebtext", 1024, 12)

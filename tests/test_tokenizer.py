@@ -2,16 +2,13 @@
 
 import base64
 import functools
-import itertools
 import json
 import os
 import subprocess
 import sys
-from collections import Counter
 
 import numpy as np
 import pytest
-import regex
 import tiktoken
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -29,25 +26,13 @@ def test_round_trip_and_order():
     ids = tokenizer.encode(TEXT)
     assert tokenizer.decode(ids) == TEXT
     assert ids.tolist() == [tokenizer.chars.index(char) for char in TEXT]
-
-
-def test_bytes_per_token_are_utf8s():
-    tokenizer = CharTokenizer("aë“🙂")
-    assert tokenizer.token_bytes().tolist() == [1, 2, 3, 4]
-
-
-@pytest.mark.parametrize("char", ["b", "🙂", "\ud800", "\x00"])
-def test_unknown_characters_are_named(char):
-    with pytest.raises(UserError, match="position 2") as error:
-        CharTokenizer("ac").encode("ac" + char)
-    assert repr(char) in str(error.value)
+    assert CharTokenizer("aë“🙂").token_bytes().tolist() == [1, 2, 3, 4]
 
 
 @pytest.mark.parametrize(("text", "start"), [("b\na\n", "\n"), ("ba", "a"), ("🙂", "🙂")])
 def test_an_empty_prompt_has_a_first_token(text, start):
     """Sampling without a prompt would fail on a text without newlines."""
-    tokenizer = CharTokenizer.from_text(text)
-    assert tokenizer.start == start and len(tokenizer.encode(tokenizer.start)) == 1
+    assert CharTokenizer.from_text(text).start == start
 
 
 @pytest.mark.parametrize("vocabulary", ["ab", "".join(map(chr, range(0x4E00, 0x4E00 + 5000)))])
@@ -59,14 +44,6 @@ def test_errors_are_short_and_printable_anywhere(vocabulary):
     text = str(error.value)
     assert "U+00E9" in text and "position 1" in text and str(len(vocabulary)) in text
     assert len(text) < 400 and "U+00E9" in text.encode("ascii", "replace").decode()
-    assert ("and 4900 more" in text) == (len(vocabulary) == 5000)
-
-
-def test_a_lone_surrogate_is_called_what_it_is():
-    """What Python makes of b"caf\\xe9" on the command line; named as any other character, nobody would understand it."""
-    with pytest.raises(UserError, match=r"position 3\).*surrogate.*not UTF-8") as error:
-        CharTokenizer("acf").encode(b"caf\xe9".decode("utf-8", "surrogateescape"))
-    str(error.value).encode("utf-8")  # no surrogate in the message itself
 
 
 # What tokens are cut at, and what only one of Python, Rust and Hugging Face may take for whitespace, beside anything else.
@@ -167,13 +144,6 @@ def test_any_ids_decode(kind, data):
         assert "\ufffd" in text
 
 
-def test_parts_of_characters_decode_to_the_replacement_character(subwords):
-    """All beginnings of a smiley, its bytes in the wrong order, and all of them."""
-    ids = [subwords.tokens.index(bytes([byte])) for byte in "🙂".encode()]
-    assert [subwords.decode(ids[:n]) for n in range(5)] == ["", "\ufffd", "\ufffd", "\ufffd", "🙂"]
-    assert subwords.decode(ids[::-1]) == "\ufffd" * 4
-
-
 @PROPERTY
 @given(data=st.data(), surrogate=st.characters(categories=["Cs"]))
 def test_a_lone_surrogate_is_refused_with_its_place(kind, data, surrogate):
@@ -210,18 +180,13 @@ def test_pieces_are_passed_on_as_soon_as_they_end_with_a_word():
 @PROPERTY
 @given(text=TEXTS)
 def test_gpt2s_ids_are_tiktokens(gpt2_files, text):
+    assert gpt2().vocab_size == _tiktoken().n_vocab and gpt2().end_of_text == _tiktoken().eot_token
     assert gpt2().encode(text).tolist() == _tiktoken().encode_ordinary(text)
 
 
 @functools.cache
 def _tiktoken():
     return tiktoken.get_encoding("gpt2")
-
-
-def test_gpt2s_vocabulary_is_tiktokens(gpt2_files):
-    ours = gpt2()
-    assert (ours.vocab_size, ours.end_of_text) == (_tiktoken().n_vocab, _tiktoken().eot_token) == (50_257, 50_256)
-    assert ours.tokens == [_tiktoken().decode_single_token_bytes(i) for i in range(50_256)]
 
 
 def test_end_of_text_in_a_text_is_text(subwords):
@@ -241,18 +206,6 @@ def test_a_million_of_the_same(subwords, text):
     assert subwords.decode(ids) == text and subwords.token_bytes()[ids].sum() == len(text.encode())
 
 
-def test_a_lone_surrogate_behind_much_whitespace_has_its_place(subwords):
-    """Where the text is encoded in parts."""
-    for at in (400_000, 500_000, 1_000_000):
-        with pytest.raises(UserError, match=rf"\(at position {at + 1}\) is a lone surrogate"):
-            subwords.encode("é" + " " * at + "\ud800 \udc00")
-
-
-def test_much_whitespace_is_tiktokens_as_long_as_it_does_not_crash(gpt2_files):
-    text = " " * 400_000 + "b"
-    assert gpt2().encode(text).tolist() == _tiktoken().encode_ordinary(text)
-
-
 def bpe_state(*changes: bytes) -> dict:
     """The 256 bytes and further tokens; `b"old>new"` replaces one of them."""
     tokens = [bytes([i]) for i in range(256)]
@@ -264,35 +217,28 @@ def bpe_state(*changes: bytes) -> dict:
 
 def test_the_smallest_bpe_state():
     """The states below are refused for what they change in this one."""
-    assert from_state(bpe_state()).vocab_size == 257
     assert from_state(bpe_state(b"ab", b"c>abc", b"abc>c")).tokens[256] == b"ab"
 
 
 @pytest.mark.parametrize(
     ("state", "message"),
     [
-        (None, "must be a mapping, not NoneType"),
-        ([], r"must be a mapping, not list"),
-        ({}, "a tokenizer.s type must be a string, not NoneType"),
-        ({"type": ["bpe"]}, "a tokenizer.s type must be a string, not list"),
-        ({"type": "BPE"}, "unknown tokenizer 'BPE'; known: char, bpe"),
-        ({"type": "char"}, "must be a string of at least one character, none twice"),
-        ({"type": "char", "chars": ""}, "at least one character"),
+        (None, "unknown tokenizer"),
+        ([], "unknown tokenizer"),
+        ({"type": ["bpe"]}, "unknown tokenizer"),
+        ({"type": "BPE"}, "unknown tokenizer; known: char, bpe"),
+        ({"type": "char"}, "must be a string of characters, none twice"),
+        ({"type": "char", "chars": ""}, "must be a string"),
         ({"type": "char", "chars": "aba"}, "none twice"),
+        ({"type": "char", "chars": "a\ud800"}, "lone surrogates"),
         ({"type": "char", "chars": ["a", "b"]}, "must be a string"),
-        ({"type": "char", "chars": 7}, "must be a string"),
-        ({"type": "bpe"}, "must be a string of tokens in base64, not NoneType"),
-        ({"type": "bpe", "tokens": ["YQ=="]}, "not list"),
-        ({"type": "bpe", "tokens": 300}, "not int"),
-        ({"type": "bpe", "tokens": ""}, "256 to 1,048,575 tokens, not 1$"),
+        ({"type": "bpe"}, "unknown tokenizer; known: .*tokens in base64"),
+        ({"type": "bpe", "tokens": ["YQ=="]}, "tokens in base64"),
+        ({"type": "bpe", "tokens": ""}, "none empty"),
         ({"type": "bpe", "tokens": "YQ== YQ"}, "damaged: Incorrect padding"),
-        ({"type": "bpe", "tokens": "YQ==\nYg=="}, "damaged"),
-        ({"type": "bpe", "tokens": "YQ== é"}, "damaged: .*ASCII"),
         ({"type": "bpe", "tokens": "YQ== \ud800"}, "damaged: .*ASCII"),
-        (bpe_state(b"ab", b"cd", b"ab"), "must have no token twice"),
-        (bpe_state(b"b>a"), "must have no token twice"),
+        (bpe_state(b"ab", b"cd", b"ab"), "none twice"),
         (bpe_state(b"a>ab"), "must have every single byte, and lacks b'a'"),
-        (bpe_state(b"\xff>ab"), r"lacks b'\\xff'"),
     ],
 )
 def test_each_foreign_state_is_refused_for_what_it_is(state, message):
@@ -303,7 +249,7 @@ def test_each_foreign_state_is_refused_for_what_it_is(state, message):
 def test_absurdly_large_states_are_refused():
     tokens = [bytes([i]) for i in range(256)] + [i.to_bytes(3, "big") for i in range(MAX_VOCAB_SIZE - 256)]
     text = " ".join(base64.b64encode(token).decode() for token in tokens)
-    with pytest.raises(UserError, match="256 to 1,048,575 tokens, not 1,048,576"):
+    with pytest.raises(UserError, match="< 1,048,576 tokens"):
         from_state({"type": "bpe", "tokens": text})
 
 
@@ -332,75 +278,17 @@ def test_merges_by_hand():
         BPETokenizer.learn([text], 262)
 
 
-def test_the_most_frequent_pair_is_merged_first():
-    """Against counting the pairs of a real text anew before each merge; where several are the most frequent, any."""
-    text = python_docs()[:5_000]
-    tokens = BPETokenizer.learn([text], 257 + 60).tokens
-    words = [[bytes([i]) for i in word.encode()] for word in regex.findall(BPETokenizer.PATTERN, text)]
-    for token in tokens[256:]:
-        pairs = [pair for word in words for pair in itertools.pairwise(word)]
-        count = Counter(pairs)
-        best = [pair for pair in count if count[pair] == max(count.values())]
-        merged = [pair for pair in best if pair[0] + pair[1] == token]
-        assert merged, f"{token} is made of none of {best}"
-        words = [_merged(word, merged[0]) for word in words]
-
-
-def _merged(word: list[bytes], pair: tuple[bytes, bytes]) -> list[bytes]:
-    new = []
-    for token in word:
-        if new and (new[-1], token) == pair:
-            new[-1] += token
-        else:
-            new.append(token)
-    return new
-
-
-def test_lone_whitespace():
-    """In the words of test_merges_by_hand: the last space before a word belongs to it, others stand alone."""
-    tokenizer = BPETokenizer.learn([" xyz xyz xyz xy xy x y"], 261)
-
-    def tokens(text):
-        return [tokenizer.tokens[i] for i in tokenizer.encode(text)]
-
-    assert tokens(" ") == [b" "] and tokens("\t") == [b"\t"]
-    assert tokens("  xy") == [b" ", b" xy"] and tokens(" xy ") == [b" xy", b" "]
-    assert tokens("   ") == [b" "] * 3 and tokens(" \n x") == [b" ", b"\n", b" x"]
-
-
-@pytest.mark.parametrize("size", [1, 3, 1000, 50_000])
-def test_the_same_text_gives_the_same_tokens_in_whatever_pieces(size):
+def test_the_same_text_gives_the_same_tokens():
+    """In whatever pieces, and in another process with other hash seeds and another number of threads."""
     text = python_docs()[:50_000]
-    pieces = (text[i : i + size] for i in range(0, len(text), size))
-    assert BPETokenizer.learn(pieces, 700).tokens == BPETokenizer.learn([text], 700).tokens
-
-
-def test_the_same_text_gives_the_same_tokens_in_another_process():
-    """With other hash seeds and another number of threads."""
+    learned = BPETokenizer.learn([text], 700)
+    for size in (3, 50_000):
+        pieces = (text[i : i + size] for i in range(0, len(text), size))
+        assert BPETokenizer.learn(pieces, 700).tokens == learned.tokens
     code = (
         "from gptlab.tokenizer import BPETokenizer; from gptlab.data.files import python_docs; "
         "print(BPETokenizer.learn([python_docs()[:50_000]], 700).state()['tokens'])"
     )
     environment = os.environ | {"RAYON_NUM_THREADS": "3", "PYTHONHASHSEED": "1"}
     shown = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    assert shown.stdout.strip() == BPETokenizer.learn([python_docs()[:50_000]], 700).state()["tokens"]
-
-
-@pytest.mark.parametrize("vocab_size", [-1, 0, 1, 256, MAX_VOCAB_SIZE + 1, 10**30])
-def test_vocabularies_that_cannot_be_meant(vocab_size):
-    """Before anything is read."""
-
-    def text():
-        raise AssertionError("read")
-        yield ""
-
-    with pytest.raises(UserError, match=rf"vocab_size={vocab_size} must be 257 .* to 1,048,576"):
-        BPETokenizer.learn(text(), vocab_size)
-
-
-@pytest.mark.parametrize("text", ["", "a", "abcdefg"])
-def test_more_tokens_than_a_text_yields(text):
-    most = 257 + max(len(text) - 1, 0)
-    with pytest.raises(UserError, match=f"vocab_size=1000 must be at most {most}: the text yields no more"):
-        BPETokenizer.learn([text], 1000)
-    assert BPETokenizer.learn([text], most).vocab_size == most
+    assert shown.stdout.strip() == learned.state()["tokens"]

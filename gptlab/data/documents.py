@@ -7,7 +7,7 @@ They are read in parts of a few MB, so that processes can share the work and mem
 import itertools
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,13 +40,10 @@ def parts_of(files: list[Path]) -> list[Part]:
         if suffix == ".parquet":
             parts += _parquet_parts(file)
         elif suffix in (".jsonl", ".ndjson"):
-            parts += [
-                Part("jsonl", str(file), at, min(at + PART, size), min(PART, size - at)) for at in range(0, size, PART)
-            ]
-        elif suffix in (".json", ".gz", ".zst", ".bz2", ".xz", ".zip", ".arrow"):
-            raise UserError(
-                f"path: {file} cannot be read; give .jsonl (a JSON object per line), .parquet or text files"
-            )
+            starts = range(0, size, PART)
+            parts += [Part("jsonl", str(file), at, min(at + PART, size), min(PART, size - at)) for at in starts]
+        elif suffix in (".json", ".gz", ".zst"):
+            raise UserError(f"path: {file} must be .jsonl (a JSON object per line), .parquet or a text file")
         else:
             parts.append(Part("text", str(file), 0, size, size))
     return parts
@@ -58,7 +55,7 @@ def _parquet_parts(file: Path) -> Iterator[Part]:
 
     try:
         metadata = parquet.ParquetFile(file).metadata
-    except (pyarrow.ArrowException, OSError) as error:
+    except pyarrow.ArrowException as error:
         raise UserError(f"path: {file} is not a Parquet file ({error})") from None
     for i in range(metadata.num_row_groups):
         group = metadata.row_group(i)
@@ -69,33 +66,36 @@ def _parquet_parts(file: Path) -> Iterator[Part]:
 
 def parts_of_dataset(dataset: Any, rows: int = 1000) -> list[Part]:
     """The parts of a data set of Hugging Face's `datasets`."""
-    size = (dataset.data.nbytes or 0) // max(len(dataset), 1)
-    starts = range(0, len(dataset), rows)
-    return [Part("dataset", "", at, min(at + rows, len(dataset)), size * min(rows, len(dataset) - at)) for at in starts]
+    n = len(dataset)
+    size = (dataset.data.nbytes or 0) // max(n, 1)
+    return [Part("dataset", "", at, min(at + rows, n), size * min(rows, n - at)) for at in range(0, n, rows)]
 
 
 def read(part: Part, text_key: str, dataset: Any = None) -> Iterator[str | None]:
     """The documents of a part; None for one that cannot be read."""
     if part.kind == "text":
-        values = [_read_text(part.file)]
+        values = _decode([Path(part.file).read_bytes()], lambda content: content.decode("utf-8-sig"))
     elif part.kind == "jsonl":
-        values = _read_jsonl(part, text_key)
+        values = _decode(_read_lines(part), lambda line: json.loads(line)[text_key])
     elif part.kind == "parquet":
         values = _read_parquet(part, text_key)
     else:
-        values = _as_python(dataset.with_format("arrow")[part.start : part.stop][text_key])
+        column = dataset.with_format("arrow")[part.start : part.stop][text_key]
+        values = _decode(column, lambda value: value.as_py())
     return (value if isinstance(value, str) else None for value in values)
 
 
-def _read_text(file: str) -> str | None:
-    try:
-        return Path(file).read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError:
-        return None
+def _decode(values: Iterable[Any], decode: Callable[[Any], Any]) -> Iterator[Any]:
+    """None for values that are not UTF-8, or no JSON object with a text."""
+    for value in values:
+        try:
+            yield decode(value)
+        except (ValueError, KeyError, TypeError, RecursionError):
+            yield None
 
 
-def _read_jsonl(part: Part, text_key: str) -> Iterator[Any]:
-    """Of the lines that begin in the part."""
+def _read_lines(part: Part) -> Iterator[bytes]:
+    """The lines that begin in the part."""
     with open(part.file, "rb") as file:
         at = max(part.start - 1, 0)
         file.seek(at)
@@ -103,12 +103,8 @@ def _read_jsonl(part: Part, text_key: str) -> Iterator[Any]:
             at += len(file.readline())
         while at < part.stop and (line := file.readline()):
             at += len(line)
-            if line.isspace():
-                continue
-            try:
-                yield json.loads(line)[text_key]
-            except (ValueError, KeyError, TypeError, RecursionError):
-                yield None
+            if not line.isspace():
+                yield line
 
 
 def _read_parquet(part: Part, text_key: str) -> Iterator[Any]:
@@ -119,21 +115,13 @@ def _read_parquet(part: Part, text_key: str) -> Iterator[Any]:
     try:
         file = parquet.ParquetFile(part.file, memory_map=True, buffer_size=1 << 20)  # read as far as it is needed
         for batch in file.iter_batches(256, row_groups=[part.row_group], columns=[text_key]):
-            yield from _as_python(batch.column(0)[max(part.start - at, 0) : max(part.stop - at, 0)])
+            rows = batch.column(0)[max(part.start - at, 0) : max(part.stop - at, 0)]
+            yield from _decode(rows, lambda value: value.as_py())
             at += len(batch)
             if at >= part.stop:
                 return
     except (pyarrow.ArrowException, OSError, IndexError):  # IndexError: no such column
         yield from [None] * (part.stop - max(at, part.start))
-
-
-def _as_python(column: Iterable[Any]) -> Iterator[Any]:
-    """The values of a column of Arrow; None for bytes that are not UTF-8."""
-    for value in column:
-        try:
-            yield value.as_py()
-        except UnicodeDecodeError:
-            yield None
 
 
 def sample(parts: list[Part], text_key: str, dataset: Any = None, most: int = 100_000_000) -> Iterator[str]:

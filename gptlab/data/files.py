@@ -4,13 +4,12 @@ Imports only the standard library, so that paths can be checked before torch is 
 """
 
 import codecs
+import contextlib
 import glob
 import hashlib
 import http.client
 import math
 import os
-import shlex
-import stat
 import tempfile
 import time
 import urllib.request
@@ -23,6 +22,7 @@ from gptlab.run import write_atomic
 
 PYTHON_DOCS = "python_docs"
 PIECE = 1 << 18  # bytes read at a time: what is computed from them stays in the processor's cache
+TIMEOUT, DEADLINE = 10.0, 120.0  # seconds without an answer, and for a whole download
 
 # OpenAI's files of GPT-2, and their SHA-256.
 GPT2_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
@@ -38,59 +38,36 @@ def text_files(path: str | None, key: str) -> list[Path]:
 
     Raises:
         MissingFileError: nothing is there.
-        UserError: empty, not readable, or not regular files.
+        UserError: empty, or not regular files: a pipe would hang, and a text is read more than once.
     """
     if not path:
         raise UserError(f"{key} is missing; give a file, a folder of .txt files, or a glob such as texts/**/*.md")
-    given, place = f"{key}={path}", os.path.expanduser(path)
-    if os.path.isdir(place):
-        files = _txt_files(place, given)
-    elif place.count(os.sep) > 200:  # glob would recurse as deep
+    place = os.path.expanduser(path)
+    if place.count(os.sep) > 200:  # glob would recurse as deep
         raise MissingFileError(f"{key}: path too long")
+    if os.path.isdir(place):
+        visible = (file for file in Path(place).rglob("*.txt") if "/." not in f"/{file.relative_to(place)}")
+        files = sorted(file for file in visible if not file.is_dir())
     elif _is_glob(place):
-        matches = [match for match in glob.glob(place, recursive=True) if not os.path.isdir(match)]
-        matches.sort(key=lambda match: (-len(match), match))
-        files = sorted({os.path.realpath(match): Path(match) for match in matches}.values())  # `**` follows links
-        if not files:
-            raise MissingFileError(f"{given}: no such file, and no match as a glob")
+        matches = sorted(glob.glob(place, recursive=True), key=lambda match: (-len(match), match))
+        once = {os.path.realpath(match): Path(match) for match in matches if not os.path.isdir(match)}
+        files = sorted(once.values())  # `**` follows links
     else:
         files = [Path(place)]
-    sizes = [_file_size(file, given) for file in files]
-    if not any(sizes):
-        raise UserError(f"{given} is empty; give a text")
+    if not files:
+        raise MissingFileError(f"{key}={path} matches no file; give a file, a folder of .txt files, or a glob")
+    for file in files:
+        if not os.path.exists(file):
+            raise MissingFileError(f"{key}={path}: No such file or directory")
+        if not os.path.isfile(file):
+            raise UserError(f"{key}={path}: {file} is not a regular file")
+    if not any(file.stat().st_size for file in files):
+        raise UserError(f"{key}={path} is empty")
     return files
 
 
 def _is_glob(place: str) -> bool:
     return glob.escape(place) != place and not os.path.lexists(place)
-
-
-def _txt_files(folder: str, given: str) -> list[Path]:
-    def refuse(error: OSError) -> None:
-        raise UserError(f"{given}: folder {error.filename} cannot be read ({error.strerror})") from None
-
-    files = []
-    for place, folders, names in os.walk(folder, onerror=refuse):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        files += [Path(place, name) for name in names if name.endswith(".txt") and not name.startswith(".")]
-    if not files:
-        raise MissingFileError(f"{given} is a folder without .txt files; give a file, or a glob such as FOLDER/**/*.md")
-    return sorted(files)
-
-
-def _file_size(file: Path, given: str) -> int:
-    """In bytes; raises as `text_files` does."""
-    try:
-        status = file.stat()
-    except (OSError, ValueError) as error:  # ValueError: a null byte in the name
-        raise MissingFileError(
-            f"{given}: {getattr(error, 'strerror', None) or error}; give the path of a text"
-        ) from None
-    if not stat.S_ISREG(status.st_mode):
-        raise UserError(f"{given}: {file} is not a regular file, and a text is read more than once; write it to a file")
-    if not os.access(file, os.R_OK):
-        raise UserError(f"{given}: {file}: Permission denied")
-    return status.st_size
 
 
 def make_absolute(path: str) -> str:
@@ -103,11 +80,7 @@ def make_absolute(path: str) -> str:
 
 class TextFiles:
     """The text of `text_files(path, key)`, joined with newlines; each iteration reads it anew, in pieces. A byte-order
-    mark at the start of a file is not part of it.
-
-    Raises:
-        UserError: while iterating; a file cannot be read, or is not UTF-8.
-    """
+    mark at the start of a file is not part of it. Raises UserError while iterating if a file is not UTF-8."""
 
     def __init__(self, path: str, key: str) -> None:
         self.files, self.key = text_files(path, key), key
@@ -116,24 +89,20 @@ class TextFiles:
         for i, file in enumerate(self.files):
             if i:
                 yield "\n"
-            yield from self._read(file)
-
-    def _read(self, file: Path) -> Iterator[str]:
-        decoder, end = codecs.getincrementaldecoder("utf-8-sig")(), 0
-        try:
-            with open(file, "rb", buffering=0) as stream:
-                while chunk := stream.read(PIECE):
-                    end += len(chunk)
-                    yield decoder.decode(chunk)
-            decoder.decode(b"", final=True)  # complains if the last character is cut off
-        except OSError as error:
-            raise UserError(f"{self.key}: {file} cannot be read ({error.strerror})") from None
-        except UnicodeDecodeError as error:
-            at = end - len(error.object) + error.start  # the object begins with what was left of the piece before
-            raise UserError(
-                f"{self.key}: {file} is not UTF-8 text (byte {at}); convert it with "
-                f"iconv -f ENCODING -t UTF-8 {shlex.quote(str(file))} > NEW_FILE"
-            ) from None
+            decoder, end = codecs.getincrementaldecoder("utf-8-sig")(), 0
+            try:
+                with open(file, "rb", buffering=0) as stream:
+                    while chunk := stream.read(PIECE):
+                        end += len(chunk)
+                        yield decoder.decode(chunk)
+                decoder.decode(b"", final=True)  # complains if the last character is cut off
+            except OSError as error:
+                raise UserError(f"{self.key}: {file} cannot be read ({error.strerror})") from None
+            except UnicodeDecodeError as error:
+                at = end - len(error.object) + error.start  # the object begins with what was left of the piece before
+                raise UserError(
+                    f"{self.key}: {file} is not UTF-8 text (byte {at}); convert it with iconv -f ENCODING -t UTF-8"
+                ) from None
 
 
 def python_docs() -> str:
@@ -145,9 +114,7 @@ def python_docs() -> str:
     try:
         from pydoc_data.topics import topics
     except ImportError:
-        raise MissingFileError(
-            "this Python lacks the standard library's pydoc_data; install it, or use a text: data=text data.path=FILE"
-        ) from None
+        raise MissingFileError("this Python lacks pydoc_data; use a text with data=text data.path=FILE") from None
     return "\n".join(topics[name] for name in sorted(topics))
 
 
@@ -159,15 +126,12 @@ def token_files(path: str | None) -> Path:
     """
     folder = Path(os.path.expanduser(path)) if path else data_folder(None) / "openwebtext"
     missing = [name for name in ("train.bin", "val.bin") if not os.path.isfile(folder / name)]
-    if not missing:
-        return folder
-    given = f"data.path={path}" if path else f"data.path is missing, and {folder}"
-    if os.path.isdir(folder / ".partial"):
-        raise MissingFileError(f"{given}: its preparation is unfinished; run the same command again")
-    raise MissingFileError(
-        f"{given} has no {' and no '.join(missing)}; prepare OpenWebText with python scripts/prepare_openwebtext.py, "
-        "or your documents with python scripts/prepare_openwebtext.py path=DOCUMENTS out=FOLDER"
-    )
+    if missing:
+        fix = "prepare your documents with python scripts/prepare_openwebtext.py path=DOCUMENTS out=FOLDER"
+        if os.path.isdir(folder / ".partial"):
+            fix = "its preparation is unfinished; run the same command again"
+        raise MissingFileError(f"data.path={path or folder} has no {' and no '.join(missing)}; {fix}")
+    return folder
 
 
 def data_folder(folder: str | None) -> Path:
@@ -175,28 +139,15 @@ def data_folder(folder: str | None) -> Path:
     return Path(os.path.expanduser(folder or os.environ.get("GPTLAB_DATA") or "~/.cache/gptlab"))
 
 
-def fetch(
-    url: str,
-    sha256: str,
-    path: Path,
-    *,
-    alternative: str = "give your copy as data.path=FILE",
-    timeout: float = 10.0,
-    deadline: float = 120.0,
-) -> Path:
+def fetch(url: str, sha256: str, path: Path, alternative: str = "give your copy as data.path=FILE") -> Path:
     """`path`, downloaded unless a file with this SHA-256 is there; written as a whole or not at all.
 
-    Args:
-        alternative: to downloading it, for the error.
-        timeout: seconds without an answer.
-        deadline: seconds for the whole download.
-
     Raises:
-        MissingFileError: no network, too slow, another file; the text says where to put it by hand.
+        MissingFileError: no network, too slow, another file; the text says where to put it by hand, or `alternative`.
     """
     try:
         if not (path.exists() and hashlib.sha256(path.read_bytes()).hexdigest() == sha256):
-            content = _download(url, timeout, deadline)
+            content = _download(url)
             if (actual := hashlib.sha256(content).hexdigest()) != sha256:
                 raise OSError(f"the file there has SHA-256 {actual}")
             write_atomic(path, content)
@@ -208,13 +159,13 @@ def fetch(
     return path
 
 
-def _download(url: str, timeout: float, deadline: float) -> bytes:
-    content, end = bytearray(), time.monotonic() + deadline
-    with urllib.request.urlopen(url, timeout=timeout) as response:
+def _download(url: str) -> bytes:
+    content, end = bytearray(), time.monotonic() + DEADLINE
+    with urllib.request.urlopen(url, timeout=TIMEOUT) as response:
         while chunk := response.read1(1 << 16):
             content += chunk
             if time.monotonic() > end:
-                raise TimeoutError(f"not finished after {deadline:.0f} seconds")
+                raise TimeoutError(f"not finished after {DEADLINE:.0f} seconds")
     return bytes(content)
 
 
@@ -224,50 +175,27 @@ def load_gpt2_tokenizer(alternative: str) -> Any:
 
     Raises:
         MissingFileError: they cannot be fetched; the text names `alternative`.
-        UserError: tiktoken's cache is turned off.
     """
     import tiktoken
 
     from gptlab.tokenizer import BPETokenizer
 
-    folder = next((os.environ[key] for key in ("TIKTOKEN_CACHE_DIR", "DATA_GYM_CACHE_DIR") if key in os.environ), None)
-    if folder == "":
-        raise UserError(
-            "TIKTOKEN_CACHE_DIR is empty, which turns tiktoken's cache off; set it to a folder, or unset it"
-        )
+    folder = os.environ.get("TIKTOKEN_CACHE_DIR") or os.environ.get("DATA_GYM_CACHE_DIR")
     cache = Path(folder or os.path.join(tempfile.gettempdir(), "data-gym-cache"))
     for name, sha256 in GPT2_FILES.items():
         url = GPT2_URL + name
-        fetch(url, sha256, cache / hashlib.sha1(url.encode()).hexdigest(), alternative=alternative)  # tiktoken's name
+        fetch(url, sha256, cache / hashlib.sha1(url.encode()).hexdigest(), alternative)  # tiktoken's name
     ranks = tiktoken.get_encoding("gpt2")._mergeable_ranks
     return BPETokenizer(sorted(ranks, key=ranks.get))
 
 
 def available_cores(root: Path = Path("/")) -> int:
-    """CPU cores that this process may use: its affinity, and the CPU quota of its control groups, rounded up."""
+    """CPU cores that this process may use: its affinity, and the quota of its container or control group (v2)."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min([cores, *(max(math.ceil(quota), 1) for quota in _cpu_quotas(root))])
-
-
-def _cpu_quotas(root: Path) -> Iterator[float]:
-    """In cores, of each control group (v1 and v2) that the process is in."""
-    try:
-        lines = (root / "proc/self/cgroup").read_text().splitlines()
-    except OSError:
-        return
-    for line in lines:
-        _, controllers, group = line.split(":", 2)
-        if controllers and "cpu" not in controllers.split(","):
-            continue
-        top = root / "sys/fs/cgroup" / ("cpu" if controllers else "")
-        place = top / group.strip("/")  # a container may see its own group as the top, and not this one
-        for folder in (place, *(parent for parent in place.parents if parent.is_relative_to(top))):
-            try:
-                if controllers:
-                    quota, period = ((folder / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
-                else:
-                    quota, period = (folder / "cpu.max").read_text().split()
-                if quota != "max" and int(quota) > 0:
-                    yield int(quota) / int(period)
-            except (OSError, ValueError):
-                continue
+    with contextlib.suppress(OSError):
+        own = (root / "proc/self/cgroup").read_text().strip().rpartition("::")[2].strip("/")
+        for group in ("", own):
+            with contextlib.suppress(OSError, ValueError):  # no such file; no quota: "max"
+                quota, period = map(int, (root / "sys/fs/cgroup" / group / "cpu.max").read_text().split())
+                cores = min(cores, math.ceil(quota / period))
+    return cores

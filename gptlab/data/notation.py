@@ -20,32 +20,26 @@ class Addition(NamedTuple):
 
     @property
     def example(self) -> str:
-        """A question, for advice."""
         return f"{85 % 10**self.ndigit}+{50 % 10**self.ndigit}="
 
     def parse(self, text: str) -> str | None:
-        """`85+50=` -> `8550`; None if the text is something else.
-
-        Raises:
-            UserError: a number with more than `ndigit` digits.
-        """
+        """`85+50=` -> `8550`; None if the text is something else. Raises UserError for a number that is too long."""
         match = re.fullmatch(r"\s*([0-9]+)\s*\+\s*([0-9]+)\s*=?\s*", text)
         if not match:
             return None
-        numbers = [number.lstrip("0") for number in match.groups()]
-        if too_long := [number for number in numbers if len(number) > self.ndigit]:
-            raise UserError(
-                f"{too_long[0]:.50} must have at most {self.ndigit} digits: the model has data.ndigit={self.ndigit}"
-            )
-        return "".join(number.zfill(self.ndigit) for number in numbers)
+        numbers = [number.lstrip("0").zfill(self.ndigit) for number in match.groups()]
+        if max(map(len, numbers)) > self.ndigit:
+            raise UserError(f"{text!r:.50}: numbers must have at most data.ndigit={self.ndigit} digits")
+        return "".join(numbers)
 
     def format_question(self, tokens: str) -> str:
         """`8550` -> `85 + 50 = `."""
-        return f"{_number(tokens[: self.ndigit])} + {_number(tokens[self.ndigit :])} = "
+        a, b = (number.lstrip("0") or "0" for number in (tokens[: self.ndigit], tokens[self.ndigit :]))
+        return f"{a} + {b} = "
 
     def format_answer(self, tokens: str) -> str:
-        """`531` -> `135`."""
-        return _number(tokens[::-1])
+        """`531` -> `135`. (Not by int(), which refuses more than 4,300 digits.)"""
+        return tokens[::-1].lstrip("0") or "0"
 
 
 class Sorting(NamedTuple):
@@ -62,37 +56,25 @@ class Sorting(NamedTuple):
         return " ".join(("10" * self.length)[: self.length])
 
     def parse(self, text: str) -> str | None:
-        """`2 0 1` or `201` -> `201`; None if the text is something else.
-
-        Raises:
-            UserError: symbols with whitespace between them, but not `length` of them.
-        """
+        """`2 0 1` or `201` -> `201`; None if the text is something else. Raises UserError for another length."""
         symbols = text.split()
         if len("".join(symbols)) == self.length:
             return "".join(symbols)
         if len(symbols) > 1 and all(len(symbol) == 1 for symbol in symbols):
-            raise UserError(f"{text!r:.50} must have {self.length} symbols: the model has data.length={self.length}")
+            raise UserError(f"{text!r:.50} must have data.length={self.length} symbols")
         return None
 
     def format_question(self, tokens: str) -> str:
-        """`201` -> `2 0 1 -> `."""
         return " ".join(tokens) + " -> "
 
     def format_answer(self, tokens: str) -> str:
-        """`012` -> `0 1 2`."""
         return " ".join(tokens)
 
 
-def _number(digits: str) -> str:
-    """Without leading zeros. (Not int(): it refuses more than 4,300 digits.)"""
-    return digits.lstrip("0") or "0"
-
-
 def notation_of(data: dict[str, Any]) -> Addition | Sorting | None:
-    """The notation of a checkpoint's config["data"], which may be untrusted; None if it is not a problem of gptlab's."""
-    kinds = {"AdditionData": (Addition, "ndigit"), "SortData": (Sorting, "length")}
-    for name, (kind, key) in kinds.items():
-        size = data.get(key)
+    """The notation of a checkpoint's config["data"], which may be untrusted; None if it is no problem of gptlab's."""
+    for name, kind in (("AdditionData", Addition), ("SortData", Sorting)):
+        size = data.get(kind._fields[0])
         if data.get("_target_") == f"gptlab.data.problems.{name}" and isinstance(size, int) and 1 <= size <= 1000:
             return kind(size)
     return None

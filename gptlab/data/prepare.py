@@ -1,11 +1,11 @@
 """Documents -> token files: train.bin and val.bin, raw ids as nanoGPT writes them, and meta.json, which describes them.
 
-    parts of the sources --(processes encode)--> .partial/ids, .partial/lengths --(dealt, shuffled)--> train.bin, val.bin
+    parts of the sources --(processes encode)--> .partial/ids, .partial/lengths --(shuffled)--> train.bin, val.bin
 
 Two passes, whose memory does not grow with the data (but for 16 bytes per document). First, processes read and encode a
-part each; one file gets all ids in the order of the sources, another the length of each document. Then the documents are
-dealt to the two splits in the order of nanoGPT's script and copied. All of it happens in the folder `.partial` until it is
-written and synced; an interrupted run resumes from there.
+part each; one file gets all ids in the order of the sources, another the length of each document. Then the documents
+are dealt to the two splits in the order of nanoGPT's script and copied. Until all is written and synced, it lies in the
+folder `.partial`; an interrupted run resumes from there.
 """
 
 import collections
@@ -22,7 +22,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
@@ -35,10 +35,9 @@ from tqdm import tqdm
 from gptlab.data.documents import Part, read
 from gptlab.errors import UserError
 from gptlab.run import write_json
-from gptlab.tokenizer import BPETokenizer, from_state, id_type
+from gptlab.tokenizer import BPETokenizer, id_type
 
 FILES = ("meta.json", "val.bin", "train.bin")  # in the order in which they appear
-ENOUGH = 4 << 20  # bytes of sources, to tell from how many tokens there will be
 SAVE_EVERY = 10.0  # seconds
 
 
@@ -80,16 +79,21 @@ def prepare(
         check_folder(out)
     out.mkdir(parents=True, exist_ok=True)
     work = out / ".partial"
-    with _lock(out, wait), _explain_full_disk(out):
-        if not (out / "train.bin").exists():
-            work.mkdir(exist_ok=True)
-            sources = _fingerprint(parts, dataset)
-            job = hashlib.sha256(json.dumps([parts, sources, tokenizer.state(), text_key]).encode()).hexdigest()
-            state = _encode_parts(work, job, parts, tokenizer, text_key, dataset, processes)
-            if _fingerprint(parts, dataset) != sources:
-                raise UserError(f"the documents changed while they were read; delete {work} and start again")
-            _deal_documents(out, work, state, tokenizer, source, val_share, split_seed)
-        shutil.rmtree(work, ignore_errors=True)
+    try:
+        with _lock(out, wait):
+            if not (out / "train.bin").exists():
+                work.mkdir(exist_ok=True)
+                sources = _fingerprint(parts, dataset)
+                job = hashlib.sha256(json.dumps([parts, sources, tokenizer.state(), text_key]).encode()).hexdigest()
+                state = _encode_parts(work, job, parts, tokenizer, text_key, dataset, processes)
+                if _fingerprint(parts, dataset) != sources:
+                    raise UserError(f"the documents changed while they were read; delete {work} and start again")
+                _deal_documents(out, work, state, tokenizer, source, val_share, split_seed)
+            shutil.rmtree(work, ignore_errors=True)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise UserError(f"out={out}: the disk is full; make space and run the same command again to resume") from None
     return json.loads((out / "meta.json").read_text("utf-8"))
 
 
@@ -123,16 +127,6 @@ def _lock(out: Path, wait: bool) -> Iterator[None]:
         os.close(folder)
 
 
-@contextlib.contextmanager
-def _explain_full_disk(out: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise UserError(f"out={out}: the disk is full; make space and run the same command again to resume") from None
-
-
 # --- the first pass: parts -> ids
 
 
@@ -142,34 +136,28 @@ class Encoded(NamedTuple):
     unreadable: int
 
 
-class Encoder:
-    """Part -> its token ids, with the end of text after each document."""
-
-    def __init__(self, tokenizer_state: dict[str, Any], text_key: str, dataset: Any) -> None:
-        self.tokenizer: BPETokenizer = from_state(tokenizer_state)
-        self.text_key, self.dataset = text_key, dataset
-
-    def __call__(self, part: Part) -> Encoded:
-        dtype = id_type(self.tokenizer.vocab_size).newbyteorder("<")
-        end = np.array([self.tokenizer.end_of_text], dtype)
-        ids: list[np.ndarray] = [np.empty(0, dtype)]
-        lengths, unreadable = [], 0
-        for text in read(part, self.text_key, self.dataset):
-            try:
-                new = self.tokenizer.encode(text)
-            except (ValueError, TypeError):  # a lone surrogate, or None
-                unreadable += 1
-                continue
-            ids += [new, end]
-            lengths.append((len(new) + 1, len(text.encode("utf-8"))))
-        return Encoded(np.concatenate(ids).astype(dtype).tobytes(), np.array(lengths, "<i8").tobytes(), unreadable)
+def encode_part(part: Part, tokenizer: BPETokenizer, text_key: str, dataset: Any) -> Encoded:
+    """The ids of the part's documents, with the end of text after each."""
+    dtype = id_type(tokenizer.vocab_size).newbyteorder("<")
+    end = np.array([tokenizer.end_of_text], dtype)
+    ids: list[np.ndarray] = [np.empty(0, dtype)]
+    lengths, unreadable = [], 0
+    for text in read(part, text_key, dataset):
+        try:
+            new = tokenizer.encode(text)
+        except (ValueError, TypeError):  # a lone surrogate, or None
+            unreadable += 1
+            continue
+        ids += [new, end]
+        lengths.append((len(new) + 1, len(text.encode("utf-8"))))
+    return Encoded(np.concatenate(ids).astype(dtype).tobytes(), np.array(lengths, "<i8").tobytes(), unreadable)
 
 
 def _start_worker(*arguments: Any) -> None:
-    global _encoder
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    global _arguments
+    _arguments = arguments
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process
-    _encoder = Encoder(*arguments)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
 def _end_with_parent() -> None:
@@ -178,28 +166,28 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _encode(part: Part) -> Encoded:
-    return _encoder(part)
+def _encode_in_worker(part: Part) -> Encoded:
+    return encode_part(part, *_arguments)
 
 
-def encode_all(parts: list[Part], processes: int, *encoder: Any) -> Iterator[Encoded]:
+def encode_all(parts: Iterable[Part], processes: int, *arguments: Any) -> Iterator[Encoded]:
     """The parts encoded, in order; only a few of them ahead, so that memory stays flat."""
     if processes == 1:
-        yield from map(Encoder(*encoder), parts)
+        yield from (encode_part(part, *arguments) for part in parts)
         return
     context = multiprocessing.get_context("spawn")  # a fork of a process with threads may hang
-    with ProcessPoolExecutor(processes, context, _start_worker, encoder) as pool:
+    with ProcessPoolExecutor(processes, context, _start_worker, arguments) as pool:
         try:
             pending: collections.deque = collections.deque()
             for part in parts:
-                pending.append(pool.submit(_encode, part))
+                pending.append(pool.submit(_encode_in_worker, part))
                 if len(pending) > 2 * processes:
                     yield pending.popleft().result()
             while pending:
                 yield pending.popleft().result()
         except BrokenProcessPool:
             raise UserError(
-                "an encoding process was killed, perhaps out of memory; run the same command again with fewer, processes=N"
+                "an encoding process was killed, perhaps out of memory; resume with fewer, processes=N"
             ) from None
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
@@ -210,24 +198,22 @@ def _encode_parts(
 ) -> State:
     """Encode all parts into work/ids and work/lengths, or those that an interrupted run did not reach."""
     state = _load_state(work, job)
-    done, to_read = (sum(part.size for part in some) for some in (parts[: state.parts], parts[state.parts :]))
-    id_size, ids_before, seen = id_type(tokenizer.vocab_size).itemsize, state.ids, 0
+    remaining, id_size, ids_before = parts[state.parts :], id_type(tokenizer.vocab_size).itemsize, state.ids
+    done, to_read = (sum(part.size for part in some) for some in (parts[: state.parts], remaining))
+    if not done and (free := shutil.disk_usage(work).free) < to_read:  # ids take about half of it, twice
+        raise UserError(f"out={work.parent} needs about {to_read / 1e9:.3g} GB of disk; {free / 1e9:.3g} GB are free")
     with open(work / "ids", "ab") as ids, open(work / "lengths", "ab") as lengths:
         ids.truncate(state.ids * id_size)  # what was written after the state was saved
         lengths.truncate(16 * state.documents)
         started = saved = time.monotonic()
-        remaining = parts[state.parts :]
         with _progress_bar(done + to_read, initial=done, desc="encoding", unit="B") as bar:
-            encoded_parts = encode_all(remaining, processes, tokenizer.state(), text_key, dataset)
+            encoded_parts = encode_all(remaining, processes, tokenizer, text_key, dataset)
             for part, encoded in zip(remaining, encoded_parts, strict=True):
-                if state.parts == 0:
-                    _check_text_key(part, encoded, text_key)
+                if state.parts == 0 and encoded.unreadable and not encoded.lengths and part.kind != "text":
+                    raise UserError(f"text_key={text_key}: no text in the first rows of {part.file or 'the data set'}")
                 _append(encoded, state, id_size, ids, lengths)
-                new, seen = state.ids - ids_before, seen + part.size
-                if seen >= min(ENOUGH, to_read):
-                    to_come = new / max(seen, 1) * (to_read - seen)
-                    _check_space(work, (2 * to_come + state.ids) * id_size)
-                bar.set_postfix_str(f"{new / (time.monotonic() - started) / 1e6:.2f} M tokens/s", refresh=False)
+                speed = (state.ids - ids_before) / (time.monotonic() - started)
+                bar.set_postfix_str(f"{speed / 1e6:.2f} M tokens/s", refresh=False)
                 bar.update(part.size)
                 if time.monotonic() - saved > SAVE_EVERY:
                     _save_state(work, state, ids, lengths)
@@ -246,14 +232,12 @@ def _load_state(work: Path, job: str) -> State:
         state = State(**json.loads((work / "state.json").read_text("utf-8")))
     except (OSError, ValueError, TypeError):
         return State(job)
-    if state.job == job:
-        return state
-    if state.parts == 0:
-        return State(job)
-    raise UserError(
-        f"out={work.parent} holds unfinished work of another command, or of documents that have changed since; give the "
-        f"same command and documents again, give another folder, or delete {work}"
-    )
+    if state.job != job:
+        raise UserError(
+            f"out={work.parent} holds unfinished work of another command, or of documents that have changed since; "
+            f"delete {work}, or give another folder"
+        )
+    return state
 
 
 def _save_state(work: Path, state: State, *files: IO[bytes]) -> None:
@@ -272,24 +256,6 @@ def _append(encoded: Encoded, state: State, id_size: int, ids: IO[bytes], length
     state.unreadable += encoded.unreadable
 
 
-def _check_text_key(part: Part, encoded: Encoded, text_key: str) -> None:
-    """Raises UserError if the first part has rows, and none of them has a text."""
-    if encoded.unreadable and not encoded.lengths and part.kind != "text":
-        raise UserError(
-            f"text_key={text_key}: the first rows of {part.file or 'the data set'} have no text under this key"
-        )
-
-
-def _check_space(work: Path, needed: float) -> None:
-    needed *= 1.05
-    free = shutil.disk_usage(work).free
-    if free < needed:
-        raise UserError(
-            f"out={work.parent} needs about {needed / 1e9:.3g} GB while it is written, and its disk has {free / 1e9:.3g} GB "
-            "free; make space, or give a folder on another disk"
-        )
-
-
 def _progress_bar(total: int, **options: Any) -> tqdm:
     """With rate and time left; in a log file, a line per minute."""
     seconds = 0.2 if sys.stderr.isatty() else 60.0
@@ -306,8 +272,8 @@ def _deal_documents(
     n_val = math.ceil(val_share * state.documents)
     if not 1 <= n_val < state.documents:
         raise UserError(
-            f"val_share={val_share} cannot split {state.documents} documents ({state.unreadable} more could not be read); "
-            "train on a single text with python -m gptlab.train data=text data.path=FILE data.tokenizer=gpt2"
+            f"val_share={val_share} cannot split {state.documents} documents ({state.unreadable} more could not be read);"
+            " train on a single text with python -m gptlab.train data=text data.path=FILE"
         )
     # The very order of datasets' train_test_split(test_size=val_share, seed=split_seed, shuffle=True).
     order = np.random.default_rng(split_seed).permutation(state.documents)
@@ -315,17 +281,8 @@ def _deal_documents(
     with _progress_bar(state.ids * dtype.itemsize, desc="copying", unit="B") as bar:
         val = _copy_documents(work, order[:n_val], dtype.itemsize, work / "val.bin", bar)
         train = _copy_documents(work, order[n_val:], dtype.itemsize, work / "train.bin", bar)
-    meta = {
-        "format": 1,
-        "dtype": dtype.name,
-        "tokenizer": tokenizer.state(),
-        "train": train,
-        "val": val,
-        "source": source,
-        "val_share": val_share,
-        "split_seed": split_seed,
-        "unreadable": state.unreadable,
-    }
+    meta = {"format": 1, "dtype": dtype.name, "tokenizer": tokenizer.state(), "train": train, "val": val,
+            "source": source, "val_share": val_share, "split_seed": split_seed, "unreadable": state.unreadable}  # fmt: skip
     write_json(work / "meta.json", meta)
     for name in FILES:
         os.replace(work / name, out / name)

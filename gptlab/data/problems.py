@@ -26,18 +26,11 @@ HELD_OUT = 5_000  # of more, so many are measured
 
 
 class ProblemData(WindowData):
-    """Problems of `n_question` symbols, drawn uniformly, and an answer that follows from them; each is one window. A tenth
-    (`held_out_share`) of all problems is held out and never trained on.
+    """Questions of `n_question` symbols, drawn uniformly, and the answers, of `n_answer`; each problem is one window. A
+    tenth (`held_out_share`) of all problems is held out and never trained on.
 
     A kind of problem is a subclass with `answer`, `notation` and, where problems can be the same though they look
-    different, `canonical`. All ids are in range: questions are drawn modulo the number of symbols.
-
-    Args:
-        symbols: one character per token.
-        n_question, n_answer: symbols of a question and of an answer.
-
-    Raises:
-        UserError: a block_size other than n_question + n_answer - 1.
+    different, `canonical`. `symbols` has one character per token.
     """
 
     notation: Any  # such as gptlab.data.notation.Addition
@@ -48,9 +41,7 @@ class ProblemData(WindowData):
     ) -> None:
         needed = n_question + n_answer - 1  # the last symbol of the answer is only ever predicted
         if block_size not in (None, needed):
-            raise UserError(
-                f"data.block_size={block_size} must be {needed}, the length of a problem of data={name}, or null"
-            )
+            raise UserError(f"data.block_size={block_size} must be {needed}, as long as a problem, or null")
         super().__init__(name=name, block_size=needed, **windows)
         self.tokenizer = CharTokenizer(symbols)
         self.n_question, self.n_answer = n_question, n_answer
@@ -74,11 +65,8 @@ class ProblemData(WindowData):
         return {key: value for key, value in self.__dict__.items() if key != "trainer"}
 
     def setup(self, stage: str | None = None) -> None:
-        assert 0 < self.held_out_share < 1
         if not hasattr(self, "record"):
             self.held_out = self._find_held_out()
-            if not len(self.held_out):
-                raise UserError(f"data={self.name}: none of so few problems is held out; make them larger")
             identity = json.dumps([type(self).__name__, self.held_out.tolist()])
             self.record = {"name": self.name, "sha256": hashlib.sha256(identity.encode()).hexdigest()}
         self.checked = True
@@ -89,14 +77,14 @@ class ProblemData(WindowData):
         for attempt in itertools.count(1):
             held_out = self.is_held_out(questions)
             if not held_out.any():
-                return self._complete(questions)
+                return self.with_answers(questions)
             questions[held_out] = self._draw(self.seed + (attempt << 64), first, count)[held_out]
 
     def is_held_out(self, questions: np.ndarray) -> np.ndarray:
         """(N,) bool."""
         return _hash(self.canonical(questions)) < self.held_out_share * 2.0**64
 
-    def _complete(self, questions: np.ndarray) -> np.ndarray:
+    def with_answers(self, questions: np.ndarray) -> np.ndarray:
         return np.concatenate((questions, self.answer(questions)), axis=1)
 
     def _draw(self, key: int, first: int, count: int) -> np.ndarray:
@@ -112,16 +100,15 @@ class ProblemData(WindowData):
         if symbols**self.n_question <= LIST_ALL:
             questions = np.indices((symbols,) * self.n_question).reshape(self.n_question, -1).T
             questions = questions[self.is_held_out(questions)]
-            return self._complete(questions[_hash(questions).argsort()])  # shuffled: val_windows takes the first few
+            return self.with_answers(questions[_hash(questions).argsort()])  # shuffled: val_windows takes the first few
         questions, count = np.empty((0, self.n_question), dtype=np.int64), 2 * HELD_OUT
         for first in itertools.count(0, count):
             drawn = self._draw(2**127, first, count)  # a key that no seed has
             questions = np.concatenate((questions, drawn[self.is_held_out(drawn)]))
-            questions = questions[
-                np.sort(np.unique(questions, axis=0, return_index=True)[1])
-            ]  # each where it came first
+            first_places = np.unique(questions, axis=0, return_index=True)[1]
+            questions = questions[np.sort(first_places)]
             if len(questions) >= HELD_OUT or first > 100 * count:  # by then nearly all, if there are fewer
-                return self._complete(questions[:HELD_OUT])
+                return self.with_answers(questions[:HELD_OUT])
 
     def mask(self, count: int) -> Tensor:
         """True on the answers, (count, T + 1)."""

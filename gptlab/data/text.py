@@ -6,7 +6,7 @@ import array
 import hashlib
 import sys
 from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -37,10 +37,6 @@ class TextData(WindowData):
 
     Args:
         fallback: read by `gptlab.cli`, which replaces a text that cannot be had before the run is composed.
-
-    Raises:
-        MissingFileError: no such file, and no way to get it.
-        UserError: not a text, another checksum, too short, or validation characters that training lacks.
     """
 
     def __init__(
@@ -58,21 +54,15 @@ class TextData(WindowData):
         **windows,
     ) -> None:
         super().__init__(**windows)
-        if self.name == PYTHON_DOCS and path is not None:
-            raise UserError(f"data={PYTHON_DOCS} takes no data.path; use your text with data=text data.path={path}")
-        if val_path is not None and (self.name == PYTHON_DOCS or url is not None):
-            raise UserError(
-                f"data.val_path={val_path}: data={self.name} has its own validation split; use your texts with data=text "
-                f"data.path={path or 'FILE'} data.val_path={val_path}"
-            )
+        if (path and self.name == PYTHON_DOCS) or (val_path and (self.name == PYTHON_DOCS or url)):
+            paths = f"data.path={path or 'FILE'}{f' data.val_path={val_path}' if val_path else ''}"
+            raise UserError(f"data={self.name} has its own text and split; use yours with data=text {paths}")
         self.path, self.val_path, self.url, self.sha256 = path, val_path, url, sha256
         self.file, self.folder = file or f"{self.name}.txt", folder
         self.kind, self.vocab_size = tokenizer, vocab_size
-        self._text: Iterable[str] | None = None  # pieces of it
 
     def prepare_data(self) -> None:
-        if self._text is not None:
-            return
+        self._text: Iterable[str]  # in pieces
         if self.name == PYTHON_DOCS:
             self._text = [python_docs()]
         elif self.path is None and self.url is not None:
@@ -89,82 +79,55 @@ class TextData(WindowData):
     def setup(self, stage: str | None = None) -> None:
         if hasattr(self, "record"):
             return
-        stats = scan_text(self._text)
-        if self.path is not None and self.sha256 and stats.sha256 != self.sha256:
+        chars, length = scan_text(self._text)
+        split = int(0.9 * length) if self.val_path is None else length
+        self.tokenizer = self._make_tokenizer(chars, split)
+        self.train_ids, self.val_ids, sha256 = encode_text(self._text, self.tokenizer, split)
+        if self.path is not None and self.sha256 and sha256 != self.sha256:
             raise UserError(
-                f"data.path={self.path} has SHA-256 {stats.sha256}, but {self.name} has {self.sha256}; use another text with "
-                "data=text data.path=FILE"
+                f"data.path={self.path} has SHA-256 {sha256}, but {self.name} has {self.sha256}; use your text with "
+                f"data=text data.path={self.path}"
             )
-        split = int(0.9 * stats.length) if self.val_path is None else stats.length
-        self.tokenizer = self._make_tokenizer(stats, split)
-        record = {"name": self.name, "sha256": stats.sha256}
+        record = {"name": self.name, "sha256": sha256}
         source = f"data.path={self.path}" if self.path else f"data={self.name}"
-        self.train_ids, self.val_ids = encode_text(self._text, self.tokenizer, stats, split, "data.path")
         if self.val_path is not None:
-            val_stats = scan_text(self._val_text)
-            self._check_characters(val_stats.chars)
-            self.val_ids, _ = encode_text(self._val_text, self.tokenizer, val_stats, val_stats.length, "data.val_path")
-            record["val_sha256"] = val_stats.sha256
             source += f", data.val_path={self.val_path}"
+            val_chars, val_length = scan_text(self._val_text)
+            if self.kind == "char" and (unknown := sorted({*val_chars} - {*chars})):
+                some = ", ".join(f"{char!r} (U+{ord(char):04X})" for char in unknown[:3])
+                raise UserError(f"{source}: {len(unknown)} characters are in the validation text only, such as {some}")
+            self.val_ids, _, record["val_sha256"] = encode_text(self._val_text, self.tokenizer, val_length)
         self.check_lengths(source)
         self.record = record
 
-    def _make_tokenizer(self, stats: "TextStats", split: int) -> CharTokenizer | BPETokenizer:
+    def _make_tokenizer(self, chars: str, split: int) -> CharTokenizer | BPETokenizer:
         if self.kind == "gpt2":
             return load_gpt2_tokenizer("learn a vocabulary with data.tokenizer=bpe data.vocab_size=1024")
         if self.kind == "bpe":
             return BPETokenizer.learn(slice_text(self._text, 0, split), self.vocab_size)
-        return CharTokenizer(stats.chars)
-
-    def _check_characters(self, val_chars: str) -> None:
-        """Raises UserError if the validation text has characters that the vocabulary lacks."""
-        unknown = sorted(set(val_chars) - set(self.tokenizer.chars)) if self.kind == "char" else []
-        if unknown:
-            some = ", ".join(f"{char!r} (U+{ord(char):04X})" for char in unknown[:3])
-            raise UserError(
-                f"data.val_path={self.val_path} has {len(unknown)} characters that data.path={self.path} lacks: {some}"
-                f"{', ...' * (len(unknown) > 3)}; remove them, or train on a text that has them"
-            )
+        return CharTokenizer(chars)
 
 
-class TextStats(NamedTuple):
-    chars: str  # sorted, each once
-    length: int  # in characters
-    sha256: str  # of its UTF-8
-
-
-def scan_text(text: Iterable[str]) -> TextStats:
-    """Read a text in pieces."""
-    seen, length, sha256 = np.zeros(sys.maxunicode + 1, dtype=bool), 0, hashlib.sha256()
+def scan_text(text: Iterable[str]) -> tuple[str, int]:
+    """The sorted characters of a text in pieces, each once, and its length."""
+    seen, length = np.zeros(sys.maxunicode + 1, dtype=bool), 0
     for piece in text:
         seen[code_points(piece)] = True
         length += len(piece)
-        sha256.update(piece.encode("utf-8"))
-    return TextStats("".join(map(chr, np.flatnonzero(seen))), length, sha256.hexdigest())
+    return "".join(map(chr, np.flatnonzero(seen))), length
 
 
-def encode_text(
-    text: Iterable[str], tokenizer: Any, stats: TextStats, split: int, key: str
-) -> tuple[np.ndarray, np.ndarray]:
-    """The ids of the first `split` characters of a text in pieces, and of the rest.
-
-    Raises:
-        UserError: it is no longer the text that was scanned; `key` names it.
-    """
+def encode_text(text: Iterable[str], tokenizer: Any, split: int) -> tuple[np.ndarray, np.ndarray, str]:
+    """Ids of the first `split` characters of a text in pieces, those of the rest, and the SHA-256 of its UTF-8."""
     sha256, parts = hashlib.sha256(), []
     dtype = id_type(tokenizer.vocab_size)
-    try:
-        for start, stop in ((0, split), (split, None)):
-            ids = array.array(dtype.char)  # grows in place
-            for piece in align_to_words(slice_text(text, start, stop)):
-                ids.frombytes(tokenizer.encode(piece).tobytes())
-                sha256.update(piece.encode("utf-8"))
-            parts.append(np.frombuffer(ids, dtype))
-    except ValueError:  # characters that were not there before
-        parts.clear()
-    if not parts or sha256.hexdigest() != stats.sha256:
-        raise UserError(f"{key}: the text changed while it was read; start again once nothing writes to it")
-    return parts[0], parts[1]
+    for start, stop in ((0, split), (split, None)):
+        ids = array.array(dtype.char)  # grows in place
+        for piece in align_to_words(slice_text(text, start, stop)):
+            ids.frombytes(tokenizer.encode(piece).tobytes())
+            sha256.update(piece.encode("utf-8"))
+        parts.append(np.frombuffer(ids, dtype))
+    return parts[0], parts[1], sha256.hexdigest()
 
 
 def slice_text(text: Iterable[str], start: int, stop: int | None) -> Iterator[str]:

@@ -17,7 +17,6 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -29,7 +28,6 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from gptlab.errors import UserError
 
 Batch = Tensor | tuple[Tensor, Tensor]
-READ_WHOLE = 1 << 30  # bytes: larger files are not read from end to end before training
 
 
 def window_starts(seed: int, first: int, count: int, positions: int) -> np.ndarray:
@@ -48,16 +46,12 @@ def share(total: int, rank: int, world_size: int) -> range:
 
 
 def val_share(total: int, val_windows: int | None, rank: int, world_size: int) -> range:
-    """One process's part of the first `val_windows` of all validation windows.
-
-    Raises:
-        UserError: fewer than processes.
-    """
+    """One process's part of the first `val_windows` of all validation windows."""
     total = min(total, val_windows or total)
     if total < world_size:
         raise UserError(
-            f"validation has {total} windows and must have one per process, {world_size}; raise data.val_windows, or lower "
-            "data.block_size or trainer.devices"
+            f"validation has {total} windows and must have one per process, {world_size}; raise data.val_windows, or "
+            "lower data.block_size or trainer.devices"
         )
     return share(total, rank, world_size)
 
@@ -72,14 +66,13 @@ class Ids:
         return len(self.ids)
 
     def __getitem__(self, positions: np.ndarray) -> np.ndarray:
-        """Raises UserError for an id outside the vocabulary, at which a GPU would only crash: files can break, and
-        large ones are not read before training."""
+        """Raises UserError for an id outside the vocabulary, at which a GPU would only crash."""
         ids = self.ids[positions].astype(np.int64)
         if ids.min() < 0 or ids.max() >= self.vocab_size:
             wrong = (ids < 0) | (ids >= self.vocab_size)
             raise UserError(
-                f"token {positions[wrong][0]:,} of the data is {ids[wrong][0]}, outside the vocabulary of {self.vocab_size}: "
-                "the file is damaged or was made with another tokenizer; prepare it again"
+                f"token {positions[wrong][0]:,} of the data is {ids[wrong][0]}, outside the vocabulary of "
+                f"{self.vocab_size}; prepare the data again"
             )
         return ids
 
@@ -153,24 +146,15 @@ class TimedLoader(DataLoader):
 
 
 def ids_and_mask(batch: Batch) -> tuple[Tensor, Tensor | None]:
-    """The two parts of a batch.
-
-    Raises:
-        UserError: not a batch as in WindowData's docstring, such as pairs of inputs and targets.
-    """
-    ids, mask = batch if isinstance(batch, (tuple, list)) and len(batch) == 2 else (batch, None)
+    """The two parts of a batch; raises UserError if it is none, as described in WindowData's docstring."""
+    ids, mask = batch if isinstance(batch, tuple | list) and len(batch) == 2 else (batch, None)
     if isinstance(mask, Tensor) and mask.dtype != torch.bool:
         raise UserError(
             "the data set yields pairs, such as inputs and targets; it must yield ids (b, T + 1), or ids and a mask of "
             "type bool: gptlab shifts the targets by one itself"
         )
-    if (
-        not isinstance(ids, Tensor)
-        or ids.dim() != 2
-        or ids.shape[1] < 2
-        or (mask is not None and mask.shape != ids.shape)
-    ):
-        shapes = [str(tuple(part.shape)) if isinstance(part, Tensor) else type(part).__name__ for part in (ids, mask)]
+    shapes = [str(tuple(part.shape)) if isinstance(part, Tensor) else type(part).__name__ for part in (ids, mask)]
+    if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.shape[1] < 2 or shapes[1] not in ("NoneType", shapes[0]):
         raise UserError(f"a batch must be ids (b, T + 1), or ids and a mask of the same shape, not {', '.join(shapes)}")
     return ids, mask
 
@@ -184,17 +168,15 @@ class WindowData(L.LightningDataModule):
 
     For other batches, this is what gptlab uses:
 
-    - `prepare_data()` and `setup("fit")`: called in every process, and by Lightning once more: the second call must
-      change nothing.
+    - `prepare_data()` and `setup("fit")`: called in every process, and by Lightning once more, to no effect.
     - `train_dataloader()`: one batch per optimizer step, this process's share of it, from step
       `self.trainer.global_step` on; its length counts the steps before that too. (The callback Overfit wants a
-      DataLoader with a `dataset` and a `sampler` of step numbers.) `val_dataloader()`: this process's share of the
-      validation.
+      DataLoader with a `dataset` and a `sampler` of step numbers.)
+    - `val_dataloader()`: this process's share of the validation.
     - A batch is ids (b, T + 1) int64, tokens 1 ... T the targets of 0 ... T - 1, with 1 <= T <= block_size; or
       (ids, mask) with a mask (b, T + 1) bool that is False on tokens which do not count as targets.
     - `block_size`, `batch_size` (sequences per optimizer step, over all processes), `micro_batch_size` (sequences per
-      forward pass, or None). The config's `data.block_size` must be the same, as a checkpoint is loaded with it, and
-      `data.name` names the run's folder.
+      forward pass, or None): those of the config.
     - `record`: plain values that identify the data, at least `name` and `sha256`; they go into every file of a run, and
       a resume refuses data with another record.
     - `resolved`: existing keys of the config's `data` node that preparing decided, such as a path made absolute, for a
@@ -202,14 +184,9 @@ class WindowData(L.LightningDataModule):
     - `tokenizer`: `vocab_size`; `encode(text)` -> ids (n,), an integer array, ValueError for what it cannot encode;
       `decode(ids)` -> str, of an iterable of int, with U+FFFD for incomplete characters; `start`, the text that
       replaces an empty prompt; `token_bytes()`, the bytes of text per token, an array (vocab_size,) of integers;
-      `state()`, a dict of plain JSON that rebuilds it from a checkpoint: for a custom class
+      `state()`, plain JSON that rebuilds it from a checkpoint: for a custom class
       `{"_target_": "my_pkg.MyTokenizer", ...}` with its keyword arguments.
     """
-
-    tokenizer: Any
-    train_ids: np.ndarray
-    val_ids: np.ndarray
-    record: dict[str, Any]
 
     def __init__(
         self,
@@ -228,25 +205,18 @@ class WindowData(L.LightningDataModule):
         self.resolved: dict[str, Any] = {}
         self.checked = False
 
-    def check_lengths(self, source: str | Path) -> None:
-        """Raises UserError unless both splits hold at least one window and only ids of the vocabulary."""
+    def check_lengths(self, source: str) -> None:
+        """Raises UserError unless both splits hold at least one window."""
         self.checked = True
         for split, name in (("training", "train_ids"), ("validation", "val_ids")):
             ids = getattr(self, name, None)
             if not (isinstance(ids, np.ndarray) and ids.ndim == 1 and ids.dtype.kind in "iu"):
-                actual = f"{ids.dtype} {tuple(ids.shape)}" if hasattr(ids, "dtype") else type(ids).__name__
-                raise UserError(f"{source}: {name} must be a 1-D numpy array of integers, not {actual}")
+                raise UserError(f"{source}: {name} must be a 1-D numpy array of integers, not {type(ids).__name__}")
             if len(ids) < self.block_size + 1:
                 raise UserError(
                     f"{source}: the {split} split has {len(ids)} tokens and must have at least data.block_size + 1 = "
                     f"{self.block_size + 1}; give a longer text or a smaller data.block_size"
                 )
-            if ids.nbytes <= READ_WHOLE:
-                wrong = next((i for i in (ids.min(), ids.max()) if not 0 <= i < self.tokenizer.vocab_size), None)
-                if wrong is not None:
-                    raise UserError(
-                        f"{source}: token id {wrong} is outside the vocabulary of {self.tokenizer.vocab_size}"
-                    )
 
     def train_dataloader(self) -> DataLoader:
         steps = self.train_steps(self.trainer.global_rank, self.trainer.world_size)
@@ -254,9 +224,10 @@ class WindowData(L.LightningDataModule):
 
     def val_dataloader(self) -> DataLoader:
         rank, world_size = self.trainer.global_rank, self.trainer.world_size
-        # Without gradients larger batches fit, and are faster; but no more than 64 Ki tokens, for the logits' sake.
+        # Without gradients larger batches fit, and are faster; up to 64 Ki tokens, and logits of 1 GiB in 32 bits.
+        tokens = min(1 << 16, (1 << 28) // self.tokenizer.vocab_size)
         share = -(-self.batch_size // world_size)
-        batch_size = self.micro_batch_size or max(share, min(64, 65536 // self.block_size))
+        batch_size = self.micro_batch_size or max(share, min(64, tokens // self.block_size))
         batches = self.val_batches(batch_size, rank, world_size)
         return self._loader(batches, range(len(batches)))
 
@@ -279,14 +250,14 @@ class WindowData(L.LightningDataModule):
             batch_size=None,
             num_workers=self.workers,
             persistent_workers=self.workers > 0,
-            worker_init_fn=_start_worker if self.workers else None,
+            worker_init_fn=_start_worker,
             pin_memory=self.trainer.strategy.root_device.type == "cuda",  # copied while the GPU computes
         )
 
 
 def _start_worker(worker: int) -> None:
-    """Signals from a terminal or cluster reach all processes of a run, but the main process still needs batches to reach
-    the end of its step: a worker ignores them, and ends with the main process, whatever it is doing."""
+    """Signals from a terminal or cluster reach all processes of a run, but the main process still needs batches for
+    its last step: a worker ignores them, and ends with the main process, whatever it is doing."""
     for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(signum, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
