@@ -20,6 +20,16 @@ from gptlab.resume import leaf_values
 from gptlab.run import Metrics, Run, read_metrics, write_atomic
 from gptlab.targets import build
 
+HYPER_PARAMETERS = (
+    "seed",
+    "model.",
+    "optim.",
+    "data.name",
+    "data.block_size",
+    "data.batch_size",
+    "trainer.max_steps",
+    "trainer.precision",
+)
 TENSORBOARD = "gptlab.loggers.TensorBoard"
 TAGS = {
     **{f"train/{name}": f"train_health/{name}" for name in ("clipped_share", "grad_norm")},
@@ -53,19 +63,25 @@ def make_loggers(
                 values = {name: math.nan if value is None else value for name, value in entry.items() if name != "step"}
                 logger.log_metrics(values, start_step)
     if isinstance(logger, WandbLogger):
-        connect(logger)
+        from wandb.errors import Error
+
+        try:
+            _ = logger.experiment  # before training starts
+        except Error as error:
+            reason = str(error).partition("\n")[0]
+            raise UserError(f"logger=wandb: {reason}; run `wandb login`, or add logger.offline=true") from None
     return [MetricsFile(metrics), logger]
 
 
-class _FileLogger(Logger):
-    """The name and the config are in the run folder already."""
+class FileLogger(Logger):
+    """For loggers that write a file of the run folder, which names the run and holds its config already."""
 
     name, version = "", ""
 
     def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None: ...
 
 
-class MetricsFile(_FileLogger):
+class MetricsFile(FileLogger):
     """metrics.jsonl, as a logger of Lightning's."""
 
     def __init__(self, metrics: Metrics) -> None:
@@ -104,7 +120,12 @@ class TensorBoard(TensorBoardLogger):
     def log_hyperparams(self, params: dict[str, Any], *args: Any, **kwargs: Any) -> None:
         text = yaml.safe_dump(params, sort_keys=False, allow_unicode=True)
         self.experiment.add_text("settings", "    " + text.replace("\n", "\n    "))  # indented: Markdown for code
-        experiment, start, _end = hparams(hyper_parameters(params), dict.fromkeys(VALIDATED, 0.0))
+        table = {
+            key: value if type(value) in (int, float) else str(value)
+            for key, value in leaf_values(params)
+            if key.startswith(HYPER_PARAMETERS) and not key.endswith(("_target_", ".compile"))
+        }
+        experiment, start, _end = hparams(table, dict.fromkeys(VALIDATED, 0.0))
         self.experiment.file_writer.add_summary(experiment)
         self.experiment.file_writer.add_summary(start)
 
@@ -113,17 +134,7 @@ class TensorBoard(TensorBoardLogger):
         self.experiment.flush()  # without Lightning's hparams.yaml: there is config.yaml
 
 
-def hyper_parameters(config: dict[str, Any]) -> dict[str, Any]:
-    """What experiments differ in, flat and short enough for a table."""
-    keys = ["seed", "data.name", "data.block_size", "data.batch_size", "trainer.max_steps", "trainer.precision"]
-    return {
-        key: value if type(value) in (int, float) else str(value)
-        for key, value in leaf_values(config)
-        if (key in keys or key.startswith(("model.", "optim."))) and not key.endswith(("_target_", ".compile"))
-    }
-
-
-class CSVTable(_FileLogger):
+class CSVTable(FileLogger):
     """metrics.csv for spreadsheets: metrics.jsonl as a table with a row per step, rewritten with each checkpoint and at
     the end, so that a resume needs no care of its own."""
 
@@ -149,15 +160,3 @@ class CSVTable(_FileLogger):
 
     def finalize(self, status: str) -> None:
         self.save()
-
-
-@rank_zero_only
-def connect(logger: WandbLogger) -> None:
-    """Start the run at Weights & Biases before training; raises UserError where it fails, as without an API key."""
-    from wandb.errors import Error
-
-    try:
-        _ = logger.experiment
-    except Error as error:
-        reason = str(error).partition("\n")[0]
-        raise UserError(f"logger=wandb: {reason}; run `wandb login`, or add logger.offline=true") from None

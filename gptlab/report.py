@@ -44,9 +44,9 @@ def device_name(trainer: Any) -> str:
     import torch
 
     device = trainer.strategy.root_device
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{device.type} ({torch.get_num_threads()} threads)" if device.type == "cpu" else device.type
+    if device.type == "cpu":
+        return f"cpu ({torch.get_num_threads()} threads)"
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def summarize(run: Run, trainer: Any, module: Any, data: Any, seconds: float) -> dict[str, Any]:
@@ -119,10 +119,8 @@ def conclude(
     log.info("run folder: %s", run)
     commands = []
     if summary["checkpoint"]:
-        commands += [
-            f"python -m gptlab.sample ckpt={run} {sample_arguments}".rstrip(),
-            *train_longer(run, summary, trust),
-        ]
+        commands += [f"python -m gptlab.sample ckpt={run} {sample_arguments}".rstrip()]
+        commands += train_longer(run, summary, trust)
     if any(run.folder.glob("events.out.tfevents.*")):
         commands += [f"tensorboard --logdir {run}"]
     if commands:
@@ -142,7 +140,7 @@ def train_longer(run: Run, summary: dict[str, Any], trust: bool) -> list[str]:
 
 
 def resume_command(run: Run, trust: bool) -> str:
-    return f"python -m gptlab.train resume={run}{' trust=true' * trust}"
+    return f"python -m gptlab.train resume={run}" + " trust=true" * trust
 
 
 def ended_early(error: BaseException, trainer: Any, run: Run, trust: bool) -> int:
