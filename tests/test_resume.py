@@ -49,10 +49,7 @@ def train(gptlab):
 
 @pytest.fixture
 def continue_run(gptlab):
-    def run(*arguments: str, **settings):
-        return gptlab("train", "resume=run", "trust=true", *arguments, PYTHONPATH=HERE, **settings)
-
-    return run
+    return lambda *arguments, **rest: gptlab("train", "resume=run", "trust=true", *arguments, PYTHONPATH=HERE, **rest)
 
 
 @pytest.fixture(scope="module")
@@ -119,9 +116,8 @@ def test_a_killed_run_resumes_exactly(train, continue_run, tmp_path, whole, step
         (signal.SIGTERM, 143, 5, "in"),
         (signal.SIGTERM, 143, 8, "validation"),  # in the middle of it
         (signal.SIGINT, 130, 11, "in"),  # the last step: nothing but its validation is left
-        pytest.param(
-            signal.SIGHUP, 129, 5, "in", marks=pytest.mark.slow
-        ),  # the terminal is closed; train.log has it all
+        # The terminal is closed; train.log has it all.
+        pytest.param(signal.SIGHUP, 129, 5, "in", marks=pytest.mark.slow),
         pytest.param(signal.SIGTERM, 143, 8, "in", marks=pytest.mark.slow),  # before a validation
         pytest.param(signal.SIGTERM, 143, 11, "validation", marks=pytest.mark.slow),
     ],
@@ -224,7 +220,7 @@ def test_processes_that_are_apart_stop_together(train, continue_run, tmp_path, w
 
 
 @pytest.mark.slow
-def test_another_number_of_processes_sees_the_same_batches(gptlab, train, continue_run, tmp_path):
+def test_another_number_of_processes_sees_the_same_batches(train, continue_run, tmp_path):
     """Without dropout, whose numbers are the process's own: from two processes to one, the losses continue."""
     calm = ["model.dropout=0", "data.batch_size=7", "data.micro_batch_size=2", "data.val_windows=11"]
     train(*calm, "hydra.run.dir=whole")
@@ -276,16 +272,6 @@ def test_the_last_validation_of_a_run_that_a_callback_ended(train, continue_run,
     continue_run()
     summary = Run(tmp_path / "run").read_summary()
     assert (summary["steps"], summary["ended"], summary["last"]["step"]) == (6, "callback", 6)
-
-
-@pytest.mark.slow
-def test_a_step_that_was_skipped_is_no_obstacle(train, continue_run, tmp_path):
-    """Its loss is null in metrics.jsonl; stopped in its validation, TensorBoard is given that again."""
-    settings = ["optim.skip_nonfinite=1", "trainer.log_every=1", *send(8, signal.SIGTERM, "validation")]
-    train(*settings, disturb="Poison", status=143)
-    continue_run()
-    assert [step for step, _ in points(tmp_path / "run", "train/loss")] == list(range(1, 12))
-    assert [line["step"] for line in metrics(tmp_path / "run") if line.get("train/loss", 0) is None] == [8]
 
 
 def test_names_of_checkpoints_and_a_kill_before_they_are_given(tmp_path, monkeypatch):
