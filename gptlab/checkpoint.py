@@ -24,13 +24,13 @@ class DamagedError(UserError):
     """Not a checkpoint of gptlab, or damaged."""
 
     def __init__(self, path: Path, error: Exception) -> None:
-        unpickling = isinstance(error, pickle.UnpicklingError)
+        unpickling = isinstance(error, pickle.UnpicklingError)  # torch's text would advise to trust the file
         reason = "not just plain values and tensors" if unpickling else str(error).split("\n")[0]
         super().__init__(f"{path} is damaged, or not a checkpoint of gptlab ({type(error).__name__}: {reason[:500]})")
 
 
 def portable_config(config: dict[str, Any]) -> dict[str, Any]:
-    """The config for a checkpoint, which may travel: without paths."""
+    """The config for a checkpoint: without paths, as it may travel."""
     return {**config, "data": {key: None if key in PLACES else value for key, value in config["data"].items()}}
 
 
@@ -45,10 +45,9 @@ def load(path: Path, device: str | torch.device = "cpu", *, trust: bool = False)
     checkpoint = read(path)
     config, state = checkpoint["config"], checkpoint["tokenizer"]
     foreign = require_trust(path, [config["model"], state], {GPT_TARGET}, trust)
-    prefix = "model."
     try:
-        state_dict = checkpoint["state_dict"].items()
-        weights = {name.removeprefix(prefix): tensor for name, tensor in state_dict if name.startswith(prefix)}
+        named = [(name, weight) for name, weight in checkpoint["state_dict"].items() if name.startswith("model.")]
+        weights = {name.removeprefix("model."): weight for name, weight in named}
         tokenizer = build_tokenizer(state)
         if config["model"].get("_target_") == GPT_TARGET:
             check_sizes(config, tokenizer.vocab_size, weights, path.stat().st_size)
@@ -73,11 +72,8 @@ def check_sizes(config: dict[str, Any], vocab_size: int, weights: dict[str, Any]
     from gptlab.model import GPT
 
     for name, parameter in inspect.signature(GPT).parameters.items():
-        value = config["model"].get(name)
-        if name in config["model"] and type(value) not in (
-            parameter.annotation,
-            *[int] * (parameter.annotation is float),
-        ):
+        types = (int, float) if parameter.annotation is float else (parameter.annotation,)
+        if name in config["model"] and type(config["model"][name]) not in types:
             raise ValueError(f"model.{name} must be of type {parameter.annotation.__name__}")
     if type(config["data"]["block_size"]) is not int or config["model"]["n_layer"] > len(weights):
         raise ValueError("data.block_size or model.n_layer does not fit the weights")
@@ -99,10 +95,9 @@ def read(path: Path, *, mmap: bool = False) -> dict[str, Any]:
     try:
         check_bytes(path, whole=not mmap)
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-        if not all(isinstance(checkpoint[key], dict) for key in ("config", "state_dict", "tokenizer", "data")):
-            raise TypeError("a part is missing")
-        if not all(isinstance(checkpoint["config"][key], dict) for key in ("model", "data")):
-            raise TypeError("a part of its config is missing")
+        parts = [checkpoint[key] for key in ("config", "state_dict", "tokenizer", "data")]
+        if not all(isinstance(part, dict) for part in (*parts, *(parts[0][key] for key in ("model", "data")))):
+            raise TypeError("a part of it is not a dict")
     except PermissionError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
     except Exception as error:  # torch's reader fails in many ways, and all of them are about the file
@@ -111,12 +106,7 @@ def read(path: Path, *, mmap: bool = False) -> dict[str, Any]:
 
 
 def check_bytes(path: Path, *, whole: bool) -> None:
-    """What torch does not check: that nothing unpacks to more than the file, and, for the `whole` file, the checksums
-    that torch wrote with it.
-
-    Raises:
-        ValueError, zipfile.BadZipFile: it is damaged.
-    """
+    """What torch does not check: that nothing unpacks to more than the file, and, for the `whole` file, its checksums."""
     with zipfile.ZipFile(path) as file:
         if any(part.compress_type != zipfile.ZIP_STORED for part in file.infolist()):
             raise ValueError("compressed, as torch never does")
@@ -140,11 +130,7 @@ def build_model(config: dict[str, Any], vocab_size: int, block_size: int) -> nn.
 
 
 def build_tokenizer(state: dict[str, Any]) -> Any:
-    """The tokenizer whose `state()` this is.
-
-    Raises:
-        ValueError: no tokenizer writes such a state.
-    """
+    """The tokenizer whose `state()` this is; raises ValueError if no tokenizer writes such a state."""
     if "_target_" not in state:
         return from_state(state)
     return build("tokenizer", state["_target_"], {key: value for key, value in state.items() if key != "_target_"})

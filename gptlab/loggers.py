@@ -2,11 +2,9 @@
 
 import csv
 import io
-import json
 import math
 import time
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -18,9 +16,20 @@ from torch.utils.tensorboard.summary import hparams
 
 from gptlab.config import VALIDATED
 from gptlab.errors import UserError
-from gptlab.run import Metrics, Run, write_atomic
+from gptlab.resume import leaf_values
+from gptlab.run import Metrics, Run, read_metrics, write_atomic
 from gptlab.targets import build
 
+HYPER_PARAMETERS = (
+    "seed",
+    "model.",
+    "optim.",
+    "data.name",
+    "data.block_size",
+    "data.batch_size",
+    "trainer.max_steps",
+    "trainer.precision",
+)
 TENSORBOARD = "gptlab.loggers.TensorBoard"
 TAGS = {
     **{f"train/{name}": f"train_health/{name}" for name in ("clipped_share", "grad_norm")},
@@ -31,12 +40,8 @@ TAGS = {
 def make_loggers(
     node: dict[str, Any] | None, run: Run, data: dict[str, str], state: dict[str, Any], resuming: bool
 ) -> list[Logger]:
-    """metrics.jsonl and the config's logger, both without what will be logged again after the checkpoint.
-
-    Args:
-        node: `logger` of the config, plain values.
-        data: name and checksums.
-        state: of the checkpoint that the run resumes from; {} if it starts at step 0.
+    """metrics.jsonl and the config's logger (its node), both without what will be logged again after the checkpoint, whose
+    `state` is {} if the run starts at step 0. `data` is name and checksums.
 
     Raises:
         UserError: metrics.jsonl is damaged, or Weights & Biases cannot be used.
@@ -52,20 +57,32 @@ def make_loggers(
         # TensorBoard hides what it has from this step on. It knows whole steps only: what is kept of one is logged again.
         arguments["purge_step"] = start_step + 1 if start_step and not due else start_step
     logger = build("logger", target, arguments)
-    if isinstance(logger, TensorBoard):
-        for entry in metrics.kept if due else []:
+    if isinstance(logger, TensorBoard) and due:
+        for entry in metrics.kept:
             if entry["step"] == start_step:
                 values = {name: math.nan if value is None else value for name, value in entry.items() if name != "step"}
                 logger.log_metrics(values, start_step)
     if isinstance(logger, WandbLogger):
-        connect(logger)
+        from wandb.errors import Error
+
+        try:
+            _ = logger.experiment  # before training starts
+        except Error as error:
+            reason = str(error).partition("\n")[0]
+            raise UserError(f"logger=wandb: {reason}; run `wandb login`, or add logger.offline=true") from None
     return [MetricsFile(metrics), logger]
 
 
-class MetricsFile(Logger):
-    """metrics.jsonl, as a logger of Lightning's."""
+class FileLogger(Logger):
+    """For loggers that write a file of the run folder, which names the run and holds its config already."""
 
-    name, version = "metrics", ""
+    name, version = "", ""
+
+    def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None: ...
+
+
+class MetricsFile(FileLogger):
+    """metrics.jsonl, as a logger of Lightning's."""
 
     def __init__(self, metrics: Metrics) -> None:
         super().__init__()
@@ -79,13 +96,9 @@ class MetricsFile(Logger):
     def save(self) -> None:
         self._metrics.sync()
 
-    def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
-        """They are in config.yaml."""
-
 
 class TensorBoard(TensorBoardLogger):
-    """Event files in the run folder itself: `tensorboard --logdir outputs` names a run NAME/DATE. The config is shown as
-    text and as hyper-parameters, and losses come first."""
+    """Event files in the run folder itself: `tensorboard --logdir outputs` names a run NAME/DATE."""
 
     def __init__(self, save_dir: str, purge_step: int | None = None) -> None:
         super().__init__(save_dir, name="", version="", default_hp_metric=False, purge_step=purge_step)
@@ -93,13 +106,11 @@ class TensorBoard(TensorBoardLogger):
 
     @rank_zero_only
     def _open(self) -> None:
-        """Name this process's event file so that it sorts last: TensorBoard reads files in the order of the times in their
-        names, and the clock may have been set back."""
-        from tensorboard.summary.writer import event_file_writer
-
+        """Name the event file so that it sorts last: TensorBoard reads files in the order of the times in their names, and
+        the clock may have been set back."""
         times = [path.name.split(".")[3] for path in Path(self.log_dir).glob("events.out.tfevents.*")]
         latest = max([int(time.time()), *(int(text) + 1 for text in times if text.isdigit())])
-        with mock.patch.object(event_file_writer, "time", SimpleNamespace(time=lambda: latest)):
+        with mock.patch("tensorboard.summary.writer.event_file_writer.time.time", lambda: latest):
             _ = self.experiment
 
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
@@ -109,54 +120,37 @@ class TensorBoard(TensorBoardLogger):
     def log_hyperparams(self, params: dict[str, Any], *args: Any, **kwargs: Any) -> None:
         text = yaml.safe_dump(params, sort_keys=False, allow_unicode=True)
         self.experiment.add_text("settings", "    " + text.replace("\n", "\n    "))  # indented: Markdown for code
-        experiment, start, _end = hparams(hyper_parameters(params), dict.fromkeys(VALIDATED, 0.0))
-        for summary in (experiment, start):
-            self.experiment.file_writer.add_summary(summary)
+        table = {
+            key: value if type(value) in (int, float) else str(value)
+            for key, value in leaf_values(params)
+            if key.startswith(HYPER_PARAMETERS) and not key.endswith(("_target_", ".compile"))
+        }
+        experiment, start, _end = hparams(table, dict.fromkeys(VALIDATED, 0.0))
+        self.experiment.file_writer.add_summary(experiment)
+        self.experiment.file_writer.add_summary(start)
 
     @rank_zero_only
     def save(self) -> None:
         self.experiment.flush()  # without Lightning's hparams.yaml: there is config.yaml
 
 
-def hyper_parameters(config: dict[str, Any]) -> dict[str, Any]:
-    """What experiments differ in, flat and short enough for a table."""
-    without_effect = ("_target_", "compile", "activation_checkpointing")
-    chosen = {"model": config["model"], "optim": config["optim"], "": {"seed": config["seed"]}}
-    for group, keys in (("data", ("name", "block_size", "batch_size")), ("trainer", ("max_steps", "precision"))):
-        chosen[group] = {key: config[group].get(key) for key in keys}
-    return {
-        f"{group}.{key}".lstrip("."): value if type(value) in (int, float) else str(value)
-        for group, values in chosen.items()
-        for key, value in values.items()
-        if key not in without_effect and value is not None
-    }
-
-
-class CSVTable(Logger):
+class CSVTable(FileLogger):
     """metrics.csv for spreadsheets: metrics.jsonl as a table with a row per step, rewritten with each checkpoint and at
     the end, so that a resume needs no care of its own."""
-
-    name, version = "csv", ""
 
     def __init__(self, save_dir: str) -> None:
         super().__init__()
         self._folder = Path(save_dir)
 
-    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        """They are in metrics.jsonl."""
-
-    def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
-        """They are in config.yaml."""
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None: ...
 
     @rank_zero_only
     def save(self) -> None:
         if not (metrics := self._folder / "metrics.jsonl").exists():  # Lightning saves once before anything is logged
             return
         rows: dict[int, dict[str, Any]] = {}
-        for line in metrics.read_bytes().splitlines(keepends=True)[1:]:
-            if line.endswith(b"\n"):  # a kill may have cut the last one
-                entry = json.loads(line)
-                rows.setdefault(entry["step"], {}).update(entry)
+        for entry in read_metrics(metrics):
+            rows.setdefault(entry["step"], {}).update(entry)
         columns = list(dict.fromkeys(name for row in rows.values() for name in row))
         table = io.StringIO()
         writer = csv.DictWriter(table, columns, lineterminator="\n")
@@ -166,19 +160,3 @@ class CSVTable(Logger):
 
     def finalize(self, status: str) -> None:
         self.save()
-
-
-@rank_zero_only
-def connect(logger: WandbLogger) -> None:
-    """Start the run at Weights & Biases, before training does.
-
-    Raises:
-        UserError: no API key, no network, or a value that it refuses.
-    """
-    from wandb.errors import Error
-
-    try:
-        _ = logger.experiment
-    except Error as error:
-        reason = str(error).partition("\n")[0]
-        raise UserError(f"logger=wandb: {reason}; run `wandb login`, or add logger.offline=true") from None

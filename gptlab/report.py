@@ -4,7 +4,6 @@ import logging
 import os
 import signal
 import subprocess
-import textwrap
 import traceback
 from typing import Any
 
@@ -20,14 +19,13 @@ def announce(
     """Say what is about to run; `notes` are texts about the machine, `resumed_at` is a step or None for a new run."""
     from gptlab.callbacks.checkpointing import Checkpointing
 
-    parameters = sum(p.numel() for p in module.model.parameters())
     for note in notes:
         log.info(note)
     log.info("device: %d x %s, precision %s", trainer.world_size, device_name(trainer), trainer.precision)
     log.info("data: %s, vocabulary of %d tokens", data.record["name"], data.tokenizer.vocab_size)
-    log.info("model: %s parameters", f"{parameters:,}")
+    log.info("model: %s parameters", f"{sum(p.numel() for p in module.model.parameters()):,}")
     if memory:
-        log.info(textwrap.fill(f"memory: {memory}", 80, subsequent_indent="  "))
+        log.info("memory: %s", memory)
     tokens = f"{data.batch_size * data.block_size:,}"
     log.info("tokens per optimizer step: %s (%d sequences x %d tokens)", tokens, data.batch_size, data.block_size)
     o = module.optim_config
@@ -36,8 +34,7 @@ def announce(
     log.info("run folder: %s", run)
     if not any(isinstance(callback, Checkpointing) for callback in trainer.callbacks):
         log.warning(
-            "NO CHECKPOINT will be saved to resume or sample from: callbacks.checkpointing is missing (in a new run, "
-            "callbacks=[default,NAME] adds NAME to the default callbacks)"
+            "NO CHECKPOINT will be saved: callbacks.checkpointing is missing (callbacks=[default,NAME] adds NAME)"
         )
     if resumed_at is not None:
         log.info("resuming at step %d%s", resumed_at, "" if resumed_at else ": nothing was saved yet")
@@ -47,9 +44,9 @@ def device_name(trainer: Any) -> str:
     import torch
 
     device = trainer.strategy.root_device
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{device.type} ({torch.get_num_threads()} threads)" if device.type == "cpu" else device.type
+    if device.type == "cpu":
+        return f"cpu ({torch.get_num_threads()} threads)"
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def summarize(run: Run, trainer: Any, module: Any, data: Any, seconds: float) -> dict[str, Any]:
@@ -58,7 +55,7 @@ def summarize(run: Run, trainer: Any, module: Any, data: Any, seconds: float) ->
 
     checkpoints = [f"checkpoints/{name}.ckpt" for name in ("best", "last")]
     ended, why = _ending(trainer)
-    speeds = [callback.tokens_per_s for callback in trainer.callbacks if isinstance(callback, Throughput)]
+    speeds = (callback.tokens_per_s for callback in trainer.callbacks if isinstance(callback, Throughput))
     return {
         "status": "finished",
         "steps": trainer.global_step,
@@ -66,7 +63,7 @@ def summarize(run: Run, trainer: Any, module: Any, data: Any, seconds: float) ->
         "why": why,
         "best": module.best,
         "last": module.validated,
-        "tokens_per_s": speeds[0] if speeds else None,
+        "tokens_per_s": next(speeds, None),
         "seconds": seconds,
         "data": data.record,
         "checkpoint": next((path for path in checkpoints if (run.folder / path).exists()), None),
@@ -97,13 +94,12 @@ def conclude(
     start_step: int,
     *,
     notes: list[str],
-    sample_arguments: str = "",
-    trust: bool = False,
+    sample_arguments: str,
+    trust: bool,
 ) -> None:
-    """Say how the run ended and what to do next.
+    """Say how the run ended and what to do next, and repeat the warnings among the `notes` of its start.
 
     Args:
-        notes: of the start; warnings among them are repeated.
         sample_arguments: for the command that samples from the run, such as "prompt='85+50='".
         trust: whether resuming the run takes trust=true.
     """
@@ -123,56 +119,50 @@ def conclude(
     log.info("run folder: %s", run)
     commands = []
     if summary["checkpoint"]:
-        longer = train_longer(run, summary, trust)
-        commands += [f"python -m gptlab.sample ckpt={run} {sample_arguments}".rstrip(), *([longer] if longer else [])]
+        commands += [f"python -m gptlab.sample ckpt={run} {sample_arguments}".rstrip()]
+        commands += train_longer(run, summary, trust)
     if any(run.folder.glob("events.out.tfevents.*")):
         commands += [f"tensorboard --logdir {run}"]
     if commands:
         log.info("\nnext:\n  %s", "\n  ".join(commands))
 
 
-def already_finished(run: Run, summary: dict[str, Any], trust: bool = False) -> None:
-    """Say that there is nothing to resume."""
-    longer = train_longer(run, summary, trust)
+def already_finished(run: Run, summary: dict[str, Any], trust: bool) -> None:
     log.info("this run is finished: %s", summary["why"] or f"all {summary['steps']} steps are done")
-    if longer:
-        log.info("to train longer:\n  %s", longer)
+    for command in train_longer(run, summary, trust):
+        log.info("to train longer:\n  %s", command)
 
 
-def train_longer(run: Run, summary: dict[str, Any], trust: bool) -> str | None:
-    """The command that lifts the limit which ended the run; None if it was none of trainer's."""
+def train_longer(run: Run, summary: dict[str, Any], trust: bool) -> list[str]:
+    """The command that lifts the limit which ended the run, if it was one of trainer's."""
     limits = {"max_steps": f"trainer.max_steps={2 * summary['steps']}", "max_time": "trainer.max_time=null"}
-    limit = limits.get(summary["ended"])
-    return f"{resume_command(run, trust)} {limit}" if limit else None
+    return [f"{resume_command(run, trust)} {limit}" for ended, limit in limits.items() if ended == summary["ended"]]
 
 
-def resume_command(run: Run, trust: bool = False) -> str:
-    return f"python -m gptlab.train resume={run}{' trust=true' * trust}"
+def resume_command(run: Run, trust: bool) -> str:
+    return f"python -m gptlab.train resume={run}" + " trust=true" * trust
 
 
-def ended_early(error: BaseException, trainer: Any, run: Run, *, trust: bool = False) -> int:
-    """Say what ended a run early, and how to resume it; returns this process's exit status. Where several processes stop
-    together, the first speaks for all, and the others return 0: Lightning would kill it if they failed.
-
-    Raises:
-        BaseException: the error itself, if it is a user's to fix, which is shown elsewhere, or of another process.
-    """
+def ended_early(error: BaseException, trainer: Any, run: Run, trust: bool) -> int:
+    """Say what ended a run early, and how to resume it; returns this process's exit status, or raises the error if it is
+    shown elsewhere. Where several processes stop together, the first speaks for all, and the others return 0: Lightning
+    would kill it if they failed."""
     from gptlab.callbacks.interrupts import Interrupted
     from gptlab.memory import LESS_MEMORY, out_of_memory
     from gptlab.watch import Diverged
 
-    if isinstance(error, UserError):
-        raise error
     first = trainer.is_global_zero
     if isinstance(error, Interrupted):
         what, status = f"stopped by {error}", 143 if error.signum == signal.SIGUSR1 else 128 + error.signum
     elif isinstance(error, SystemExit) and trainer.interrupted:  # Ctrl-C twice; Lightning would exit with 1
         what, status = "interrupted", 130
+    elif isinstance(error, UserError | SystemExit):
+        raise error
     elif isinstance(error, RuntimeError) and out_of_memory(error):
         what, status = f"ERROR: {error}\n{LESS_MEMORY}", 1
     elif isinstance(error, Diverged | OSError):
         what, status = f"ERROR: {error}", 1
-    elif isinstance(error, SystemExit) or not first:
+    elif not first:
         raise error
     else:
         what, status = "".join(traceback.format_exception(error)).rstrip(), 1
@@ -191,18 +181,15 @@ def ended_early(error: BaseException, trainer: Any, run: Run, *, trust: bool = F
 def _last_saved(run: Run) -> str:
     from gptlab import checkpoint
 
-    for path in run.checkpoints()[:1]:
-        try:
-            return f"the last checkpoint is of step {checkpoint.read(path, mmap=True)['global_step']}"
-        except UserError as error:
-            return str(error)
-    return "nothing was saved yet"
+    if not (checkpoints := run.checkpoints()):
+        return "nothing was saved yet"
+    return f"the last checkpoint is of step {checkpoint.read(checkpoints[0], mmap=True)['global_step']}"
 
 
 def requeue() -> None:
-    """Have SLURM start this job again, as its signal asks for."""
-    job, array = os.environ["SLURM_JOB_ID"], os.environ.get("SLURM_ARRAY_JOB_ID")
-    job = f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}" if array else job
+    """Have SLURM start this job again, of an array the one task."""
+    array = os.environ.get("SLURM_ARRAY_JOB_ID")
+    job = f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}" if array else os.environ["SLURM_JOB_ID"]
     try:
         subprocess.run(["scontrol", "requeue", job], check=True, timeout=20)
         log.info("requeued SLURM job %s", job)

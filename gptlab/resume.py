@@ -1,7 +1,5 @@
 """Resuming a run: what may change, whether the checkpoint is of this run and its data, and whether anything is left to do."""
 
-import difflib
-import json
 import logging
 from collections.abc import Collection, Iterator
 from pathlib import Path
@@ -25,15 +23,10 @@ log = logging.getLogger("gptlab")
 
 def check_changes(keys: Collection[str]) -> None:
     """Raises UserError for keys of the command line that a resume cannot change."""
-    refused = [key for key in keys if key not in RESUME_MAY_CHANGE]
-    if refused:
-        names = {key.rpartition(".")[2]: key for key in RESUME_MAY_CHANGE}
-        close = [difflib.get_close_matches(key.rpartition(".")[2], names, 1, 0.8) for key in refused]
-        meant = ", ".join(names[match] for matches in close for match in matches)
+    if refused := [key for key in keys if key not in RESUME_MAY_CHANGE]:
         raise UserError(
-            f"a resumed run keeps its config; cannot change {', '.join(refused)}"
-            + (f" (did you mean {meant}?)" if meant else "")
-            + f"; can change {', '.join(RESUME_MAY_CHANGE)}; for anything else start a new run"
+            f"a resumed run keeps its config; cannot change {', '.join(refused)}; can change "
+            f"{', '.join(RESUME_MAY_CHANGE)}; for anything else start a new run"
         )
     if "optim.decay_steps" in keys and "trainer.max_steps" not in keys:
         raise UserError("optim.decay_steps is the schedule of a longer run: give trainer.max_steps with it")
@@ -44,8 +37,7 @@ def find_state(run: Run) -> tuple[Path | None, dict[str, Any]]:
     are renamed.
 
     Raises:
-        UserError: no checkpoint can be read, it is of an older gptlab, or all were lost: restarting would overwrite what
-            the run logged.
+        UserError: there is none, though the run saved some: restarting would overwrite what it logged.
     """
     from gptlab import checkpoint
 
@@ -67,17 +59,14 @@ def find_state(run: Run) -> tuple[Path | None, dict[str, Any]]:
     if damaged:
         raise UserError("\n".join([*damaged.values(), "no checkpoint left to resume from; start a new run"]))
     if (run.folder / SAVED).exists():
-        raise UserError(
-            f"{run} has lost its checkpoints; restore them, or start a new run (to restart in this folder, remove "
-            f"{run.folder / SAVED})"
-        )
+        raise UserError(f"{run} has lost its checkpoints; restore them, or start a new run")
     return None, {}
 
 
 def _rename_damaged(paths: Collection[Path]) -> None:
     for damaged in paths:
         best = damaged.with_name("best.ckpt")
-        for path in [best, damaged] if best.exists() and best.samefile(damaged) else [damaged]:
+        for path in {damaged, *([best] if best.exists() and best.samefile(damaged) else [])}:
             path.rename(path.with_name(f"{path.name}.damaged"))
 
 
@@ -93,26 +82,19 @@ def leaf_values(config: Any, at: str = "") -> Iterator[tuple[str, Any]]:
 def check_same_run(
     ckpt: Path, state: dict[str, Any], config: dict[str, Any], data: dict[str, str], tokenizer: dict[str, Any]
 ) -> None:
-    """Compare a checkpoint with the run that is to be resumed, before anything in its folder is touched.
-
-    Args:
-        config: plain values; data: name and checksums of what is on disk now; tokenizer: its state.
+    """Compare a checkpoint's state with the run that is to be resumed: its config, the data on disk (name and checksums),
+    and the tokenizer's state.
 
     Raises:
         UserError: the checkpoint is of another run or of other data.
     """
     was, now = dict(leaf_values(state["config"])), dict(leaf_values(config))
     for key in {**was, **now}:
-        free = key in RESUME_MAY_CHANGE or key in FOLLOWS or not key.startswith(OF_A_STEP)
+        free = key in (*RESUME_MAY_CHANGE, *FOLLOWS) or not key.startswith(OF_A_STEP)
         if not free and was.get(key) != now.get(key):
-            raise UserError(
-                f"{ckpt} is of another run: {key} is {was.get(key)} in it, and {now.get(key)} in config.yaml"
-            )
+            raise UserError(f"{ckpt} is of another run: {key} is {was.get(key)} in it, {now.get(key)} in config.yaml")
     if state["data"] != data:
-        before, after = (json.dumps({k: str(v)[:20] for k, v in record.items()}) for record in (state["data"], data))
-        raise UserError(
-            f"the run trained on {before}, and the data is {after} now; restore the old data, or start a new run"
-        )
+        raise UserError(f"the run trained on {state['data']}, now the data is {data}; restore it, or start a new run")
     if state["tokenizer"] != tokenizer:
         raise UserError(f"the tokenizer of data={data['name']} changed since the run began; start a new run")
 
@@ -128,6 +110,6 @@ def finished_summary(run: Run, state: dict[str, Any], max_steps: int, max_time: 
         raise UserError(f"trainer.max_steps={max_steps}: the run has already reached step {step}")
     if summary is None or step < summary["steps"]:
         return None
-    limits, before = {"max_steps": max_steps, "max_time": max_time}, state["config"]["trainer"]
-    ended = summary["ended"]
-    return None if ended in limits and limits[ended] != before[ended] else summary
+    limits, ended = {"max_steps": max_steps, "max_time": max_time}, summary["ended"]
+    was_lifted = ended in limits and limits[ended] != state["config"]["trainer"][ended]
+    return None if was_lifted else summary

@@ -9,15 +9,14 @@ outputs/NAME/DATE/
 """
 
 import contextlib
-import errno
 import fcntl
 import hashlib
 import json
-import logging
 import math
 import os
 import platform
 import shlex
+import shutil
 import subprocess
 import sys
 from importlib.metadata import version
@@ -29,10 +28,10 @@ from gptlab.errors import MissingFileError, UserError
 LOCK = ".lock"
 SAVED = ".saved"  # a mark: there has been a checkpoint
 OURS = ("config.yaml", "run.json", "metrics.jsonl", "checkpoints", "summary.json")
-WRITTEN_INTO = ("checkpoints", "train.log")  # the others are replaced as a whole
 
-log = logging.getLogger(__name__)
-_locks: dict[Path, IO[str]] = {}  # open until the process ends
+PACKAGES = ("gptlab", "torch", "lightning", "hydra-core", "omegaconf", "numpy")
+
+_locks: list[IO[str]] = []  # open until the process ends
 
 
 def write_atomic(path: Path, content: bytes) -> None:
@@ -60,12 +59,6 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def shell_path(path: Path) -> str:
-    """The path as a user would type it in a shell here."""
-    path = path.resolve()
-    return shlex.quote(os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path))
-
-
 def is_first_process() -> bool:
     """Whether this process writes to the run folder, among those that torchrun, srun or Lightning started for one run."""
     return all(os.environ.get(rank, "0") == "0" for rank in ("RANK", "SLURM_PROCID", "LOCAL_RANK"))
@@ -79,43 +72,33 @@ class Run:
         self._is_new = False
 
     def __str__(self) -> str:
-        return shell_path(self.folder)
+        path = self.folder.resolve()
+        return shlex.quote(os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path))
 
     @classmethod
     def find(cls, name: str) -> "Run":
-        """The run in the folder `name`, or the newest one here for `latest`.
+        """The run in the folder `name`; for `latest`, the newest one under outputs/ and sweeps/ of the working directory.
 
         Raises:
             MissingFileError: there is none; the text lists the newest runs.
         """
-        if name == "latest" and (newest := cls.newest(1)):
-            return newest[0]
         folder = Path(os.path.expanduser(name))
         if name and os.path.isfile(folder / "config.yaml"):
             return cls(folder)
-        exists = bool(name) and os.path.exists(folder)
-        inside = (
-            [parent for parent in folder.resolve().parents[:2] if (parent / "run.json").is_file()] if exists else []
+        records = [path for root in ("outputs", "sweeps") for path in Path(root).glob("**/run.json")]
+        newest = [cls(path.parent) for path in sorted(records, key=os.path.getmtime, reverse=True)[:3]]
+        if name == "latest" and newest:
+            return newest[0]
+        newest_runs = ", ".join(map(str, newest)) or "none under outputs/ and sweeps/"
+        raise MissingFileError(
+            f"{name or repr(name)} is not a run folder (no config.yaml); newest runs here: {newest_runs}"
         )
-        if inside:
-            raise MissingFileError(f"{name} is not a run folder, but lies in one: use {cls(inside[0])}")
-        problem = "is not a run folder (no config.yaml)" if exists else "does not exist"
-        newest_runs = ", ".join(map(str, cls.newest(3))) or "none under outputs/ and sweeps/"
-        raise MissingFileError(f"run folder {name or repr(name)} {problem}; newest runs here: {newest_runs}")
-
-    @classmethod
-    def newest(cls, count: int) -> list["Run"]:
-        """The newest runs under `outputs/` and `sweeps/` of the working directory, the newest first."""
-        configs = [path for root in ("outputs", "sweeps") for path in Path(root).glob("**/config.yaml")]
-        configs = [path for path in configs if path.with_name("run.json").is_file()]
-        configs.sort(key=lambda path: path.stat().st_mtime, reverse=True)
-        return [cls(path.parent) for path in configs[:count]]
 
     def claim(self, *, resuming: bool) -> None:
         """Reserve the folder for this process until it ends. Call it before anything is written there.
 
         Raises:
-            UserError: another process has the folder, it holds a run or files of a user's own, or it is read-only.
+            UserError: the folder is in use, holds a run or files of the user's, or is read-only.
         """
         try:
             if not resuming:
@@ -123,10 +106,7 @@ class Run:
                 self._is_new = not self.folder.exists()
             self._lock()
             if not resuming:
-                self._check_unused()
-            for path in (self.folder, *(self.folder / name for name in WRITTEN_INTO)):
-                if path.exists() and not os.access(path, os.W_OK):
-                    raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+                self._check_unused()  # again: another process may have been faster
         except OSError as error:
             fix = "resume a copy of the run" if resuming else "set hydra.run.dir=FOLDER"
             raise UserError(f"cannot write to {error.filename or self.folder} ({error.strerror}); {fix}") from None
@@ -134,45 +114,33 @@ class Run:
     def _check_unused(self) -> None:
         if existing := [name for name in OURS if (self.folder / name).exists()]:
             raise UserError(
-                f"{self} already holds a run ({', '.join(existing)}); continue it with resume={self}, or choose another "
+                f"{self} already holds a run ({', '.join(existing)}); continue it with resume={self}, or set another "
                 "hydra.run.dir (hydra.sweep.dir with -m)"
             )
 
     def _lock(self) -> None:
-        """The kernel releases the lock when the process ends, however it ends. (A lock of this kind is not inherited by
-        workers, which can outlive a killed process by seconds.)"""
+        """The kernel releases it when the process ends; workers, which can outlive a killed process, do not inherit it."""
         self.folder.mkdir(parents=True, exist_ok=True)
         file = open(self.folder / LOCK, "a+", encoding="utf-8")  # noqa: SIM115  (closing it would release the lock)
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
-            owner = file.read().strip() or "just started"
-            raise UserError(
-                f"{self} is in use by another process ({owner}); wait for it, or end it (kill lets it save first)"
-            ) from None
-        except OSError as error:
-            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
-                raise
+            owner = file.read() or "just started"
+            raise UserError(f"{self} is in use by process {owner}; wait, or end it (kill lets it save first)") from None
+        except OSError:
             print(f"the file system of {self} has no locks: make sure that no other process writes there")
         file.truncate(0)
         file.write(f"{os.getpid()} on {platform.node()}")
         file.flush()
-        _locks[self.folder.resolve()] = file
-
-    def release(self) -> None:
-        """Undo `claim` before the process ends."""
-        _locks.pop(self.folder.resolve()).close()
+        _locks.append(file)
 
     def discard(self) -> None:
-        """Remove the folder if `claim` made it and nothing was recorded: the run was refused or stopped before it began."""
-        if not self._is_new or (self.folder / "config.yaml").exists():
-            return
-        for name in (LOCK, ".hydra/config.yaml", ".hydra/hydra.yaml", ".hydra/overrides.yaml", "train.log"):
-            (self.folder / name).unlink(missing_ok=True)
-        for folder in (self.folder / ".hydra", self.folder, self.folder.parent):
+        """Remove the folder if `claim` made it and the run was refused or stopped before it began."""
+        if self._is_new and not (self.folder / "config.yaml").exists():
+            shutil.rmtree(self.folder, ignore_errors=True)
             with contextlib.suppress(OSError):  # not empty
-                folder.rmdir()
+                self.folder.parent.rmdir()
 
     def checkpoints(self) -> list[Path]:
         """The checkpoints that a resume can start from, in the order in which it tries them."""
@@ -183,47 +151,33 @@ class Run:
         """config.yaml as plain values. Anyone may have written it, so that `trust` is not taken from it.
 
         Raises:
-            UserError: it is damaged.
+            UserError: it cannot be read.
         """
         import yaml
 
         path = self.folder / "config.yaml"
         try:
-            config = yaml.safe_load(path.read_text("utf-8"))
-        except OSError as error:
-            raise UserError(f"cannot read {path} ({error.strerror})") from None
-        except (yaml.YAMLError, ValueError, RecursionError):
-            config = None
-        if not isinstance(config, dict):
-            raise UserError(f"{path} is damaged; restore it (a checkpoint holds the same under 'config')")
+            config = dict(yaml.safe_load(path.read_text("utf-8")))
+        except (OSError, yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
+            raise UserError(f"cannot read {path}; restore it (checkpoints hold it as 'config'): {error}") from None
         config.pop("trust", None)
         return config
 
     def write_record(
         self, config: dict[str, Any], *, data: dict[str, str], tokenizer: dict, device: str, resumed_at: int | None
     ) -> None:
-        """Write config.yaml and run.json, and remove the summary: the run is not finished any more.
-
-        Args:
-            config: all of it, resolved to plain values.
-            data: its name and checksums.
-            tokenizer: its state.
-            resumed_at: the step, which adds an entry to what run.json says of the start; None for a new run.
-        """
+        """Write config.yaml and run.json, and remove the summary: the run is not finished any more. Arguments are plain
+        values; `resumed_at` is None for a new run."""
         import yaml
 
-        now = {
-            "command": [Path(sys.executable).name, *sys.orig_argv[1:]],
-            "versions": _versions(),
-            "git": _git(),
-            "device": device,
-        }
-        about = self._read_json("run.json") if resumed_at is not None else None
-        if about is None:
-            vocabulary = hashlib.sha256(json.dumps(tokenizer, sort_keys=True).encode()).hexdigest()
-            machine = {key: config["trainer"][key] for key in ("accelerator", "devices", "precision")}
-            about = {**now, "machine": machine, "data": data, "vocabulary_sha256": vocabulary, "tags": config["tags"]}
+        command = [Path(sys.executable).name, *sys.orig_argv[1:]]
+        versions = {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
+        now = {"command": command, "versions": versions, "git": _git(), "device": device}
+        vocabulary = hashlib.sha256(json.dumps(tokenizer, sort_keys=True).encode()).hexdigest()
+        machine = {key: config["trainer"][key] for key in ("accelerator", "devices", "precision")}
+        about = {**now, "machine": machine, "data": data, "vocabulary_sha256": vocabulary, "tags": config["tags"]}
         if resumed_at is not None:
+            about = self._read_json("run.json") or about
             about.setdefault("resumed", []).append({"step": resumed_at, **now})
         (self.folder / "summary.json").unlink(missing_ok=True)
         text = yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
@@ -265,38 +219,22 @@ class Metrics:
     Values that are not finite are written as null.
 
     A run that starts at `start_step` drops the lines that it will write again: those of later steps, and with
-    `validation_due` those of that step's validation.
-
-    Attributes:
-        kept: what earlier processes logged and this one will not log again.
+    `validation_due` those of that step's validation. `kept` are the others.
 
     Raises:
         UserError: the file is damaged.
     """
 
     def __init__(self, path: Path, data: dict[str, str], start_step: int = 0, validation_due: bool = False) -> None:
-        self.path = path
-        self._header, self._start_step, self._validation_due = {"step": 0, "data": data}, start_step, validation_due
+        self.path, self._header = path, {"step": 0, "data": data}
         self._file: IO[str] | None = None
-        self.kept = [entry for entry in self._read() if not self._comes_again(entry)]
 
-    def _read(self) -> list[dict[str, Any]]:
-        if self._start_step == 0:
-            return []
-        if not self.path.exists():
-            log.warning("%s is missing: it restarts after step %d", self.path, self._start_step)
-            return []
-        lines = self.path.read_bytes().splitlines(keepends=True)[1:]
-        try:
-            return [json.loads(line) for line in lines if line.endswith(b"\n")]  # a kill may have cut the last one
-        except ValueError as error:
-            raise UserError(
-                f"{self.path} is damaged ({error}); repair it, or move it away to resume without it"
-            ) from None
+        def comes_again(entry: dict[str, Any]) -> bool:
+            step, is_validation = entry["step"], any(name.startswith("val/") for name in entry)
+            return step > start_step or (step == start_step and is_validation and validation_due)
 
-    def _comes_again(self, entry: dict[str, Any]) -> bool:
-        step, validation = entry["step"], any(name.startswith("val/") for name in entry)
-        return step > self._start_step or (step == self._start_step and validation and self._validation_due)
+        entries = read_metrics(path) if start_step > 0 and path.exists() else []
+        self.kept = [entry for entry in entries if not comes_again(entry)]
 
     def append(self, values: dict[str, float], step: int) -> None:
         if self._file is None:
@@ -312,20 +250,25 @@ class Metrics:
             os.fsync(self._file.fileno())
 
 
-def _versions() -> dict[str, str]:
-    packages = ("gptlab", "torch", "lightning", "hydra-core", "omegaconf", "numpy")
-    return {"python": platform.python_version(), **{name: version(name) for name in packages}}
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The log events in metrics.jsonl; without its last line, if a kill cut that.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    lines = path.read_bytes().splitlines(keepends=True)[1:]
+    try:
+        return [json.loads(line) for line in lines if line.endswith(b"\n")]
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}); repair it, or move it away to resume without it") from None
 
 
 def _git() -> dict[str, Any] | None:
     """Commit of the repository that gptlab lies in, else of the working directory's, and whether tracked files differ."""
     for folder in (Path(__file__).parent, Path.cwd()):
-        try:
-            commit, changes = (
-                subprocess.run(("git", *arguments), cwd=folder, capture_output=True, text=True, check=True, timeout=10)
-                for arguments in (("rev-parse", "HEAD"), ("status", "--porcelain", "--untracked-files=no"))
-            )
-            return {"commit": commit.stdout.strip(), "dirty": bool(changes.stdout.strip())}
-        except (OSError, subprocess.SubprocessError):
-            continue
+        command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+        with contextlib.suppress(OSError, subprocess.SubprocessError):
+            done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True, timeout=10)
+            commit, _, dirty = done.stdout.strip().partition("-")
+            return {"commit": commit, "dirty": bool(dirty)}
     return None

@@ -11,7 +11,7 @@ from gptlab.errors import UserError
 
 def foreign_targets(config: Any, known: Collection[str]) -> list[str]:
     """Every `_target_` in nested dicts and lists that is not one of `known`, which are full names: `gptlab.x.os.system`
-    would be code from elsewhere too. Each container is visited once, as a file can nest them a billionfold."""
+    would be foreign code too. Visits each container once, as a file can nest them a billionfold."""
     foreign, stack, seen = [], [config], set()
     while stack:
         node = stack.pop()
@@ -20,10 +20,8 @@ def foreign_targets(config: Any, known: Collection[str]) -> list[str]:
         seen.add(id(node))
         if isinstance(node, dict) and "_target_" in node:
             target = node["_target_"]
-            if not isinstance(target, str):
-                foreign.append("a _target_ that is not a name")
-            elif target not in known:
-                foreign.append(target[:100])
+            if not isinstance(target, str) or target not in known:
+                foreign.append(target[:100] if isinstance(target, str) else "a _target_ that is not a name")
         stack.extend(node.values() if isinstance(node, dict) else node)
     return sorted(set(foreign))
 
@@ -34,8 +32,7 @@ def require_trust(source: Path | str, config: Any, known: Collection[str], trust
     Raises:
         UserError: there are some, and no `trust`.
     """
-    foreign = foreign_targets(config, known)
-    if foreign and not trust:
+    if (foreign := foreign_targets(config, known)) and not trust:
         raise UserError(
             f"{source} needs {', '.join(foreign[:5])}, which gptlab does not define: loading it runs that code; add "
             "trust=true if you trust its author"
@@ -69,11 +66,12 @@ def build(key: str, target: Any, arguments: dict[str, Any]) -> Any:
         wanted = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise UserError(
-            f"{key}._target_={target}: cannot import it ({error}); it must be installed or in the working directory"
+            f"{key}._target_={target}: cannot import it ({error}); install it or run in its folder"
         ) from error
+    signature = inspect.signature(wanted)
     try:
-        inspect.signature(wanted).bind(**arguments)
+        signature.bind(**arguments)
     except TypeError as error:
-        accepted = ", ".join(inspect.signature(wanted).parameters)
-        raise UserError(f"{key}: {target} does not fit its keys: {error}; it takes {accepted}") from None
+        takes = ", ".join(signature.parameters)
+        raise UserError(f"{key}: {target} does not fit its keys: {error}; it takes {takes}") from None
     return wanted(**arguments)

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import lightning
+import torch
 
 from gptlab.callbacks import checkpointing
 
@@ -95,15 +96,37 @@ class End(lightning.Callback):
 
 
 class Poison(lightning.Callback):
-    """The loss of step 8 is NaN."""
+    """The loss of step `at` is NaN, on one rank."""
+
+    def __init__(self, at=8, rank=0):
+        self.at, self.rank = at, rank
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        if trainer.global_step == 7:
+        if (trainer.global_step + 1, trainer.global_rank) == (self.at, self.rank):
             self.hook = pl_module.model.register_forward_hook(lambda model, ids, logits: logits * float("nan"))
 
     def on_train_batch_end(self, trainer, *rest):
-        if trainer.global_step == 8:
+        if (trainer.global_step, trainer.global_rank) == (self.at, self.rank):
             self.hook.remove()
+
+
+class Record(lightning.Callback):
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        torch.save(batch, "batch.pt")
+
+
+class Scarce(lightning.Callback):
+    """A device that has room for so many sequences at a time."""
+
+    def __init__(self, room):
+        self.room = room
+
+    def on_fit_start(self, trainer, pl_module):
+        def check(model, inputs):
+            if len(inputs[0]) > self.room:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+        pl_module.model.register_forward_pre_hook(check)
 
 
 class FullDisk(lightning.Callback):

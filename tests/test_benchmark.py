@@ -72,20 +72,6 @@ def test_a_program_that_made_no_steps_has_no_ratio():
     assert math.isnan(benchmark.summarize([{"a": 1.0, "b": 0.0}], [("a", "b")])["a / b"][0])
 
 
-def test_generated_documents_are_of_the_size_asked_for(tmp_path):
-    benchmark.write_documents(tmp_path / "documents.jsonl", 300_000)
-    lines = (tmp_path / "documents.jsonl").read_text("utf-8").splitlines()
-    assert 300_000 <= (tmp_path / "documents.jsonl").stat().st_size < 2_000_000
-    assert all(json.loads(line)["text"] for line in lines)
-
-
-@pytest.mark.parametrize("arguments", [["train"], ["prepare"], ["no_such_part"], ["busy", "--rounds=x"]])
-def test_wrong_arguments(arguments):
-    with pytest.raises(SystemExit) as error:
-        benchmark.parse(arguments)
-    assert error.value.code == 2
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "part, column", [("startup", "until first step"), ("guards", "without guards"), ("busy", "two at once")]

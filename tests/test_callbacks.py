@@ -114,11 +114,10 @@ def test_samples_cannot_command_the_terminal(tmp_path, caplog):
 
 
 def test_a_sample_is_cut_short_where_a_cluster_would_not_wait(tmp_path, caplog):
-    class Hurry(Interrupts):
-        in_a_hurry = True
-
+    asked = Interrupts()
+    asked.asked_at = float("-inf")
     with caplog.at_level(logging.INFO):
-        callbacks = [SampleText("ab", 500, 0.0, None), Hurry()]
+        callbacks = [SampleText("ab", 500, 0.0, None), asked]
         trainer = make_trainer(tmp_path, 2, callbacks=callbacks, **validated(2),
                                enable_checkpointing=True)  # fmt: skip
         trainer.fit(make_module(), datamodule=Data())

@@ -1,20 +1,28 @@
 """Steps whose loss or gradients are not finite, and steps for which the memory does not suffice."""
 
-import json
 import logging
 import math
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import DROPOUT, TINY, metrics, same, weights
-from omegaconf import OmegaConf
 from test_module import T, batches, fit, make_module, make_trainer
 from torch.utils.data import DataLoader
 
-from gptlab import optim
+from gptlab import config, optim
+from gptlab.memory import out_of_memory
 from gptlab.module import GPTModule
+from gptlab.run import Run
 from gptlab.train import make_data
 from gptlab.watch import Diverged
+
+
+@pytest.fixture
+def train(gptlab):
+    """Train with callbacks of disturb.py."""
+    here = str(Path(__file__).parent)
+    return lambda *arguments, status=0: gptlab("train", *arguments, status=status, PYTHONPATH=here)
 
 
 class Poisoned(GPTModule):
@@ -83,178 +91,96 @@ def test_a_loss_that_is_not_finite_never_reaches_the_weights(tmp_path, caplog, p
     assert math.isfinite(module.logged["train/loss"])
 
 
-def test_on_a_cpu_the_run_ends_with_the_very_step(tmp_path):
-    module = poisoned()
-    module.log_every = 100
+@pytest.mark.parametrize(
+    ("kind", "log_every", "end", "taken"), [(Poisoned, 100, 3, [0, 1]), (OnDevice, 5, 5, [0, 1, 3, 4])]
+)
+def test_a_run_ends_with_the_very_step_on_a_device_with_the_next_log(tmp_path, kind, log_every, end, taken):
+    """There, the steps in between start from weights that are good."""
+    module = poisoned(kind)
+    module.log_every = log_every
     with pytest.raises(Diverged, match=r"diverged: step 3: the loss is nan"):
         fit(module, tmp_path, batches(6))
-    assert module.trainer.global_step == 3
-    expected = after([0, 1])
+    assert module.trainer.global_step == end
+    expected = after(taken)
     for name, parameter in module.model.named_parameters():
         torch.testing.assert_close(parameter, expected[name], atol=1e-6, rtol=1e-5)
 
 
-def test_on_a_device_it_ends_with_the_next_log(tmp_path):
-    """The steps in between go on from weights that are good."""
-    module = poisoned(OnDevice)
-    module.log_every = 5
-    with pytest.raises(Diverged, match=r"diverged: step 3: the loss is nan"):
-        fit(module, tmp_path, batches(6))
-    assert module.trainer.global_step == 5
-    expected = after([0, 1, 3, 4])
-    for name, parameter in module.model.named_parameters():
-        torch.testing.assert_close(parameter, expected[name], atol=1e-6, rtol=1e-5)
-
-
-RECORD = """
-import lightning as L, torch
-
-class Record(L.Callback):
-    def on_train_batch_start(self, trainer, module, batch, batch_idx):
-        torch.save(batch, "batch.pt")
-"""
-
-
-def test_a_diverged_run_names_the_batch_and_how_to_go_on(gptlab, tmp_path):
-    """The batch that the text names by its index is the one that the run saw last; the last checkpoint is good."""
-    (tmp_path / "record.py").write_text(RECORD)
-    blown = ["optim.lr=1e30", "optim.warmup_steps=0", "optim.grad_clip=0", "trainer.checkpoint_every=1"]
-    arguments = [*TINY, *blown, "trainer.val_every=100", "+callbacks.record._target_=record.Record"]
-    said = gptlab("train", *arguments, "hydra.run.dir=run", status=1, PYTHONPATH=str(tmp_path)).stdout
+def test_weights_that_blow_up(train, gptlab, tmp_path):
+    """The first update is finite and absurd. The validation after it says so, and nothing samples from such weights. The
+    batch that the text names by its index is the one that the run saw last."""
+    blown = ["optim.lr=1e30", "optim.warmup_steps=0", "optim.grad_clip=0", "trainer.val_every=1"]
+    said = train(*TINY, *blown, "+callbacks.record._target_=disturb.Record", "hydra.run.dir=run", status=1).stdout
+    assert "no sample: the validation loss is not finite" in said
     assert "ERROR: the run has diverged: step 2: the loss is nan" in said and "data.train_steps(0, 1)[1]" in said
     assert "at step 2; the last checkpoint is of step 1" in said and "resume=run" in said and "Traceback" not in said
     assert not (tmp_path / "run/summary.json").exists()
-    data = make_data(OmegaConf.load(tmp_path / "run/config.yaml"), resuming=True)
+    data = make_data(config.validate({**Run(tmp_path / "run").read_config(), "trust": False}, "train"))
     assert torch.equal(data.train_steps(0, 1)[1], torch.load(tmp_path / "batch.pt", weights_only=True))
-    again = gptlab("train", "resume=run", status=1, PYTHONPATH=str(tmp_path)).stdout
-    assert "diverged: step 2: the loss is nan" in again
-
-
-def test_weights_that_blow_up_are_neither_sampled_nor_used(gptlab, tmp_path):
-    """The first update is finite and absurd. The validation after it says so; the callback that samples does not crash,
-    and sampling from the checkpoint is refused."""
-    blown = ["optim.lr=1e30", "optim.warmup_steps=0", "optim.grad_clip=0", "trainer.val_every=1"]
-    said = gptlab("train", *TINY, *blown, "hydra.run.dir=run", status=1).stdout
-    assert "no sample: the validation loss is not finite" in said and "has diverged: step 2" in said
     assert [line["val/loss"] for line in metrics(tmp_path / "run") if "val/loss" in line][1] is None
+    assert "diverged: step 2: the loss is nan" in train("resume=run", "trust=true", status=1).stdout
     assert "its weights are not finite, or huge" in gptlab("sample", "ckpt=run", status=2).stderr
 
 
-@pytest.mark.slow
-def test_a_sweep_goes_on_after_a_job_that_diverged(gptlab, tmp_path):
-    gptlab("train", "-m", *TINY, "optim.grad_clip=0", "optim.warmup_steps=0", "optim.lr=1e30,1e-3", status=1)
-    (sweep,) = (tmp_path / "sweeps/python_docs").iterdir()
-    assert not (sweep / "0/summary.json").exists() and (sweep / "1/summary.json").exists()
-
-
-POISON = """
-import lightning as L
-
-class Poison(L.Callback):
-    def on_train_batch_start(self, trainer, module, batch, batch_idx):
-        if trainer.global_step == 2 and trainer.global_rank == 1:
-            self.hook = module.model.register_forward_hook(lambda model, ids, logits: logits * float("nan"))
-
-    def on_train_batch_end(self, trainer, module, *rest):
-        if trainer.global_step == 3 and trainer.global_rank == 1:
-            self.hook.remove()
-"""
-
-
-@pytest.mark.parametrize("allowed", [0, 1])
-def test_all_processes_leave_out_what_is_not_finite_in_one(gptlab, tmp_path, allowed):
-    (tmp_path / "poison.py").write_text(POISON)
-    arguments = [*TINY, "trainer.devices=2", "+callbacks.poison._target_=poison.Poison", "hydra.run.dir=run"]
-    done = gptlab("train", *arguments, f"optim.skip_nonfinite={allowed}", status=1 - allowed, PYTHONPATH=str(tmp_path))
+def test_all_processes_leave_out_what_is_not_finite_in_one(train, tmp_path):
+    """Their weights would differ; and the command that is printed resumes without that update."""
+    poison = ["+callbacks.poison._target_=disturb.Poison", "+callbacks.poison.at=3", "+callbacks.poison.rank=1"]
+    done = train(*TINY, "trainer.devices=2", *poison, "hydra.run.dir=run", status=1)
     assert "step 3: the loss is nan and the gradient norm nan" in done.stdout and done.stderr == ""
+    assert torch.load(tmp_path / "run/checkpoints/last.ckpt", weights_only=True)["global_step"] == 2
+    command = "resume=run trust=true optim.skip_nonfinite=1"
+    assert f"to skip its update and resume:\n  python -m gptlab.train {command}\n" in done.stdout
+    train(*command.split())
+    assert Run(tmp_path / "run").read_summary()["steps"] == 4
     assert all(torch.isfinite(w).all() for w in weights(tmp_path / "run").values())
-    step = torch.load(tmp_path / "run/checkpoints/last.ckpt", weights_only=True)["global_step"]
-    assert step == (4 if allowed else 2)
-    if not allowed:
-        command = "resume=run optim.skip_nonfinite=1"
-        assert f"to leave its update out and go on:\n  python -m gptlab.train {command}\n" in done.stdout
-        gptlab("train", *command.split(), PYTHONPATH=str(tmp_path))
-        assert json.loads((tmp_path / "run/summary.json").read_text())["steps"] == 4
 
 
 # --- out of memory
 
-SCARCE = """
-import pathlib, lightning as L, torch
-
-class Scarce(L.Callback):
-    \"\"\"A device that has room for so many sequences at a time.\"\"\"
-    def __init__(self, room):
-        self.room = room
-
-    def on_fit_start(self, trainer, module):
-        def check(model, inputs):
-            if len(inputs[0]) > self.room:
-                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-        module.model.register_forward_pre_hook(check)
-"""
 # Long enough for validations of several batches, too.
 LONG = [*DROPOUT, "data.micro_batch_size=null", "trainer.max_steps=8", "hydra.run.dir=run"]
 
 
 def scarce(room: int) -> list[str]:
-    return ["+callbacks.scarce._target_=scarce.Scarce", f"+callbacks.scarce.room={room}"]
+    return ["+callbacks.scarce._target_=disturb.Scarce", f"+callbacks.scarce.room={room}"]
 
 
-@pytest.fixture
-def short_of_memory(gptlab, tmp_path):
-    (tmp_path / "scarce.py").write_text(SCARCE)
-
-    def run(*arguments: str, status: int = 0):
-        return gptlab("train", *arguments, status=status, PYTHONPATH=str(tmp_path))
-
-    return run
-
-
-def test_the_micro_batch_is_halved_until_it_fits(short_of_memory, tmp_path):
+def test_the_micro_batch_is_halved_until_it_fits(train, tmp_path):
     """12 sequences, then 6, then 3: and the weights are bitwise those of a run with micro-batches of 3 from the start,
     dropout and all. What is in force is saved: a resume does not try again, and a size that is asked for wins."""
-    said = short_of_memory(*LONG, *scarce(4)).stdout
+    said = train(*LONG, *scarce(4)).stdout
     assert "out of memory in training with 12 sequences at a time: continuing with 6" in said
     assert "out of memory in training with 6 sequences at a time: continuing with 3" in said
     assert "out of memory in validation with 20 sequences at a time" in said
-    short_of_memory(*LONG, "data.micro_batch_size=3", "hydra.run.dir=small")
+    train(*LONG, "data.micro_batch_size=3", "hydra.run.dir=small")
     assert same(weights(tmp_path / "run"), weights(tmp_path / "small"))
-    assert [line["train/loss"] for line in metrics(tmp_path / "run") if "train/loss" in line] == [
-        line["train/loss"] for line in metrics(tmp_path / "small") if "train/loss" in line
-    ]
-    saved = torch.load(tmp_path / "run/checkpoints/last.ckpt", weights_only=True)
-    assert saved["micro_batch_size"] == {"asked": None, "training": 3, "validation": 3}
-
-    assert "out of memory" not in short_of_memory("resume=run", "trainer.max_steps=9").stdout
-    said = short_of_memory("resume=run", "trainer.max_steps=10", "data.micro_batch_size=8").stdout
+    losses = [[line.get("train/loss") for line in metrics(tmp_path / run)] for run in ("run", "small")]
+    assert losses[0] == losses[1]
+    resume = ["resume=run", "trust=true"]
+    assert "out of memory" not in train(*resume, "trainer.max_steps=9").stdout
+    said = train(*resume, "trainer.max_steps=10", "data.micro_batch_size=8").stdout
     assert "out of memory in training with 8 sequences at a time: continuing with 4" in said
 
 
-def test_a_single_sequence_that_does_not_fit_is_a_mistake(short_of_memory):
-    stderr = short_of_memory(*LONG, *scarce(0), status=2).stderr
+def test_a_single_sequence_that_does_not_fit_is_a_user_error(train):
+    stderr = train(*LONG, *scarce(0), status=2).stderr
     assert "model.activation_checkpointing=true" in stderr and "Traceback" not in stderr
 
 
-def test_several_processes_are_told_the_size_to_use(short_of_memory, tmp_path):
+@pytest.mark.slow
+def test_several_processes_are_told_the_size_to_use(train, tmp_path):
     """They would have to agree on it. 12 sequences are 6 for each; 3 do fit."""
-    done = short_of_memory(*LONG, *scarce(5), "trainer.devices=2", "data.val_windows=2", status=2)
+    done = train(*LONG, *scarce(5), "trainer.devices=2", "data.val_windows=2", status=2)
     assert "add data.micro_batch_size=3" in done.stderr
-    short_of_memory("resume=run", "data.micro_batch_size=3")
-    assert json.loads((tmp_path / "run/summary.json").read_text())["steps"] == 8
+    train("resume=run", "trust=true", "data.micro_batch_size=3")
+    assert Run(tmp_path / "run").read_summary()["steps"] == 8
 
 
-def test_a_cpu_that_runs_out_of_memory_says_it_otherwise(tmp_path):
-    """torch's text on a CPU, really provoked: it is a RuntimeError without a class of its own."""
-    from gptlab.memory import out_of_memory
-
+def test_errors_on_a_cpu_are_told_apart_by_their_text(tmp_path):
+    """torch's lack of memory there, really provoked, is a RuntimeError without a class of its own; another is passed on."""
     with pytest.raises(RuntimeError) as caught:
         torch.empty(2**60, dtype=torch.uint8)
     assert out_of_memory(caught.value)
-    assert not out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
-
-
-def test_other_errors_are_not_taken_for_a_lack_of_memory(tmp_path):
     module = make_module()
     module.model.register_forward_pre_hook(lambda model, ids: (_ for _ in ()).throw(RuntimeError("a fault")))
     with pytest.raises(RuntimeError, match="a fault"):

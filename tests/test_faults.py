@@ -85,13 +85,13 @@ def test_without_the_last_checkpoints_the_best_one_is_used(gptlab, finished, sto
     assert not list(saved.glob("*.tmp"))
 
 
-def test_when_all_are_damaged_nothing_is_touched(gptlab, stopped):
+def test_when_all_are_damaged_nothing_is_touched(stopped):
     for name in ("last", "previous"):
         cut(stopped / f"checkpoints/{name}.ckpt")
     before = {path: path.read_bytes() for path in stopped.rglob("*") if path.is_file()}
-    stderr = gptlab("train", "resume=run", status=2).stderr
-    assert "last.ckpt" in stderr and "previous.ckpt" in stderr and "start a new run" in stderr
-    assert all(path.read_bytes() == content or path.name in (".lock", "train.log") for path, content in before.items())
+    with pytest.raises(UserError, match=r"(?s)last\.ckpt is damaged.*previous\.ckpt is damaged.*start a new run"):
+        resume.find_state(Run(stopped))
+    assert before == {path: path.read_bytes() for path in stopped.rglob("*") if path.is_file()}
 
 
 def test_lost_checkpoints_are_no_reason_to_restart(stopped):
@@ -116,14 +116,10 @@ def test_a_checkpoint_without_read_permission_is_not_damaged(stopped, monkeypatc
 
 
 def test_a_run_that_saves_nothing_says_so(gptlab, tmp_path):
-    """A callback chosen alone leaves out the others, and with them the one that saves. Such a run restarts."""
-    (tmp_path / "c/callbacks").mkdir(parents=True)
-    (tmp_path / "c/callbacks/mine.yaml").write_text("mine: {_target_: lightning.Callback}\n")
+    """It restarts from step 0."""
     quiet = [argument for argument in TINY if not argument.startswith("callbacks.")]
-    for run, choice in (("alone", "callbacks=mine"), ("added", "callbacks=[default,mine]"), ("none", "~callbacks")):
-        said = gptlab("train", *quiet, "--config-dir", "c", choice, f"hydra.run.dir={run}").stdout
-        assert ("NO CHECKPOINT" in said) == (run != "added")
-        assert (tmp_path / run / "checkpoints").exists() == (run == "added")
+    assert "NO CHECKPOINT" in gptlab("train", *quiet, "~callbacks", "hydra.run.dir=none").stdout
+    assert not (tmp_path / "none/checkpoints").exists()
     (tmp_path / "none/summary.json").unlink()
     assert "resuming at step 0" in gptlab("train", "resume=none", "trainer.checkpoint_every=5").stdout
 
@@ -144,11 +140,11 @@ def test_a_full_disk_leaves_the_checkpoints_there_were(gptlab, tmp_path, finishe
 @pytest.mark.parametrize(
     ("key", "value", "said"),
     [
-        ("model.n_layer", 2, "model.n_layer is 2 in it, and 3 in config.yaml"),
-        ("optim.lr", 0.5, "optim.lr is 0.5 in it, and 0.001 in config.yaml"),
-        ("seed", 5, "seed is 5 in it, and 1337 in config.yaml"),
-        ("data.name", "b", "data.name is b in it, and python_docs in config.yaml"),
-        ("callbacks.ema", {"decay": 0.9}, "callbacks.ema.decay is 0.9 in it, and None in config.yaml"),
+        ("model.n_layer", 2, "model.n_layer is 2 in it, 3 in config.yaml"),
+        ("optim.lr", 0.5, "optim.lr is 0.5 in it, 0.001 in config.yaml"),
+        ("seed", 5, "seed is 5 in it, 1337 in config.yaml"),
+        ("data.name", "b", "data.name is b in it, python_docs in config.yaml"),
+        ("callbacks.ema", {"decay": 0.9}, "callbacks.ema.decay is 0.9 in it, None in config.yaml"),
     ],
 )
 def test_a_checkpoint_of_another_run_is_refused(stopped, key, value, said):
@@ -159,7 +155,7 @@ def test_a_checkpoint_of_another_run_is_refused(stopped, key, value, said):
     assert not any(isinstance(value, torch.Tensor) for _, value in resume.leaf_values(state))
     state["config"]["trainer"]["max_steps"] = 99
     resume.check_same_run(path, state, *now)
-    with pytest.raises(UserError, match="restore the old data"):
+    with pytest.raises(UserError, match="restore it, or start a new run"):
         resume.check_same_run(path, state, now[0], {**now[1], "sha256": "other"}, now[2])
     with pytest.raises(UserError, match="the tokenizer of data=python_docs changed"):
         resume.check_same_run(path, state, now[0], now[1], {**now[2], "chars": "ab"})
@@ -180,16 +176,6 @@ def test_a_checkpoint_of_an_older_gptlab_is_not_resumed(stopped):
         resume.find_state(Run(stopped))
 
 
-def test_a_copied_checkpoint_ends_as_an_error_text(gptlab, stopped):
-    path = stopped / "checkpoints/last.ckpt"
-    saved = checkpoint.read(path)
-    saved["config"]["model"]["n_layer"] = 2
-    path.unlink()  # it is best.ckpt, too
-    torch.save(saved, path)
-    stderr = gptlab("train", "resume=run", status=2).stderr
-    assert "model.n_layer is 2 in it, and 3 in config.yaml" in stderr and "Traceback" not in stderr
-
-
 def test_of_two_runs_that_want_one_folder_one_gets_it(tmp_path):
     """Started together: one trains, the other is refused before Hydra writes anything, so what lies in the folder is of
     one run."""
@@ -199,7 +185,7 @@ def test_of_two_runs_that_want_one_folder_one_gets_it(tmp_path):
     errors = [process.communicate(timeout=300)[1].decode() for process in both]
     assert sorted(process.returncode for process in both) == [0, 2]
     loser = next(i for i, process in enumerate(both) if process.returncode == 2)
-    assert "in use by another process" in errors[loser] or "already holds a run" in errors[loser]
+    assert "in use by process" in errors[loser] or "already holds a run" in errors[loser]
     files = [(tmp_path / "run" / name).read_text() for name in ("config.yaml", ".hydra/config.yaml")]
     assert [yaml.safe_load(text)["seed"] for text in files] == [2 - loser] * 2
     assert json.loads((tmp_path / "run/summary.json").read_text())["status"] == "finished"

@@ -18,26 +18,20 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     Loads plain values and tensors only."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(".tmp")
+        temporary = Path(path).with_suffix(".tmp")
+        temporary.parent.mkdir(parents=True, exist_ok=True)
         try:
             with open(temporary, "wb") as file:
                 torch.save(checkpoint, file)
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, path)
-        except RuntimeError as error:  # torch's, about what it could not write; the reason comes with it
-            reason = error.__cause__ or error.__context__
-            if not isinstance(reason, OSError):
-                raise
-            raise OSError(reason.errno, reason.strerror, str(path)) from None
+        except RuntimeError as error:  # torch's; the context is why the file could not be written
+            raise error.__context__ or error from None
         finally:
             temporary.unlink(missing_ok=True)
 
-    def load_checkpoint(
-        self, path: str | Path, map_location: Any = "cpu", weights_only: bool | None = None
-    ) -> dict[str, Any]:
+    def load_checkpoint(self, path: str | Path, map_location: Any = "cpu", weights_only: Any = None) -> dict[str, Any]:
         return torch.load(path, map_location=map_location, weights_only=True)
 
 
@@ -68,9 +62,7 @@ class Checkpointing(Checkpoint):
         if trainer.is_global_zero:
             self._add_names(Path(trainer.ckpt_path), best=checkpoint["best"].get("step") == self.saved_at)
 
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs, batch, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
         if not validation_is_due(trainer):
             self._save_if_due(trainer, best=False)
 
@@ -86,7 +78,7 @@ class Checkpointing(Checkpoint):
                 self._add_names(self.folder / "last.ckpt", best)
 
     def save(self, trainer: L.Trainer) -> None:
-        """Raises OSError where the disk is full or the like; what was saved before is still there then."""
+        """Raises OSError where the disk is full; what was saved before is still there then."""
         for logger in trainer.loggers:
             logger.save()  # first, or a run that is killed and resumed would lack what was not on the disk yet
         new, last = self.folder / "new.ckpt", self.folder / "last.ckpt"
@@ -109,7 +101,7 @@ class Checkpointing(Checkpoint):
 
 
 def _link(source: Path, target: Path) -> None:
-    """A second name for the same file: nothing is written twice, and no file is ever changed in place."""
+    """Give a file a second name, as no file is ever changed in place."""
     temporary = target.with_suffix(".tmp")
     temporary.unlink(missing_ok=True)
     try:

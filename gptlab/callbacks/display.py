@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from tqdm import tqdm
 
-from gptlab.callbacks.interrupts import Interrupts
+from gptlab.callbacks.interrupts import in_a_hurry
 from gptlab.errors import UserError
 from gptlab.generate import generate
 from gptlab.terminal import printable
@@ -96,13 +96,12 @@ class SampleText(L.Callback):
     def _sample(self, trainer: L.Trainer, pl_module: L.LightningModule) -> str:
         idx = torch.from_numpy(self._ids.astype("int64")).to(pl_module.device)[None]  # (1, T)
         generator = torch.Generator(pl_module.device).manual_seed(trainer.global_step)
-        interrupts = [callback for callback in trainer.callbacks if isinstance(callback, Interrupts)]
         ids = self._ids.tolist()
         with trainer.precision_plugin.forward_context():
             settings = {"temperature": self.temperature, "top_k": self.top_k, "generator": generator}
             for next_id in generate(pl_module.model, idx, self.max_new_tokens, **settings):
                 ids.append(int(next_id))
-                if any(callback.in_a_hurry for callback in interrupts):
+                if in_a_hurry(trainer):
                     log.info("the sample is cut short: the run was asked to stop")
                     break
         return trainer.datamodule.tokenizer.decode(ids)

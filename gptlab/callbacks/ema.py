@@ -9,12 +9,11 @@ from torch import Tensor
 
 
 class EMA(WeightAveraging):
-    """Exponential moving average of the weights (Polyak and Juditsky 1992). Validation, samples and a checkpoint's
-    `state_dict` use the average; training continues with the weights themselves.
+    """Exponential moving average of the weights (Polyak and Juditsky 1992), used by validation, samples and a checkpoint's
+    `state_dict`. Callbacks that need it in on_validation_end come before this one; those that save checkpoints, after it.
 
     The average after step n + 1 is `d * average + (1 - d) * weights` with d = min(decay, (1 + n) / (10 + n)), which soon
-    forgets the first, bad weights (TensorFlow's ExponentialMovingAverage with num_updates). Callbacks that need the
-    averaged weights in on_validation_end come before this one; those that save checkpoints come after it.
+    forgets the first, bad weights (TensorFlow's ExponentialMovingAverage with num_updates).
     """
 
     def __init__(self, decay: float) -> None:

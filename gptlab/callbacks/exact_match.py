@@ -7,6 +7,7 @@ import lightning as L
 import torch
 from torch import Tensor
 
+from gptlab.callbacks.interrupts import in_a_hurry
 from gptlab.data.problems import ProblemData
 from gptlab.generate import generate
 
@@ -46,7 +47,7 @@ class ExactMatch(L.Callback):
             pl_module.extra_val_metrics["val/accuracy"] = exact / asked
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if not (self._mistakes and trainer.is_global_zero):
+        if not (self._mistakes and trainer.is_global_zero) or in_a_hurry(trainer):
             return
         data = trainer.datamodule
         log.info("    some wrong answers:")

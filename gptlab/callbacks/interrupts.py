@@ -32,15 +32,14 @@ class Interrupted(BaseException):
 class Interrupts(Checkpoint):
     """Ends the run in a state from which it resumes exactly; under SLURM also on SIGUSR1.
 
-    Until this process has begun a step there is nothing to save, and the run ends at once: in the first validation,
-    or while workers start. From then on it ends after the step, or before or within its validation, which can take
-    longer than a cluster waits: then the checkpoint says so, and the resumed run begins with that validation. Several
-    processes agree on where they stop, always: a signal may have reached only one of them. (Lightning's own handlers
-    end with status 0, save nothing, and deadlock where a signal finds the processes at different places.)
+    Until this process has begun a step there is nothing to save, and the run ends at once. From then on it ends after the
+    step, or before or within its validation, which can take longer than a cluster waits: then the checkpoint says so, and
+    the resumed run begins with that validation. Several processes agree on where they stop, as a signal may have reached
+    only one of them. (Lightning's own handlers end with status 0, save nothing, and deadlock where processes are apart.)
     """
 
     def __init__(self) -> None:
-        self._signum, self._asked_at = 0, math.inf
+        self._signum, self.asked_at = 0, math.inf
         self._may_end_at_once = False
         self._validation_due_at: int | None = None
         self._group: Any = None
@@ -95,15 +94,15 @@ class Interrupts(Checkpoint):
         validation.run()
         trainer.training = True
 
-    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch, batch_idx: int) -> None:
+    def on_train_batch_start(self, *_: Any) -> None:
         self._may_end_at_once = False
 
     def _handle(self, signum: int, frame: Any) -> None:
         if os.getpid() != self._pid:  # a worker that was just forked
             return
-        if signum == self._signum == signal.SIGINT and time.monotonic() - self._asked_at > BOUNCE:
+        if signum == self._signum == signal.SIGINT and time.monotonic() - self.asked_at > BOUNCE:
             raise KeyboardInterrupt
-        self._signum, self._asked_at = signum, min(self._asked_at, time.monotonic())
+        self._signum, self.asked_at = signum, min(self.asked_at, time.monotonic())
         if signum == signal.SIGHUP:  # the terminal is gone: what writes to it would fail
             for stream in (1, 2):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
@@ -111,28 +110,20 @@ class Interrupts(Checkpoint):
             self._may_end_at_once = False  # once
             raise Interrupted(signum)
         if os.environ.get("LOCAL_RANK", "0") == "0":
-            again = b"; once more stops at once" if signum == signal.SIGINT else b""
             with contextlib.suppress(OSError):  # Ctrl-C has ended the `tee` that this goes to
-                os.write(1, b"\nstopping after this step" + again + b"\n")  # logging is not safe in a signal handler
+                os.write(1, b"\nstopping after this step; Ctrl-C stops at once\n")  # logging is not safe here
 
-    @property
-    def in_a_hurry(self) -> bool:
-        """Whether a signal came so long ago that what can be left out should be."""
-        return time.monotonic() - self._asked_at > HURRY
-
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs, batch, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
         if signum := self._agreed():
             self._stop(trainer, signum, validation_is_due(trainer))
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._validation_due_at = None
         batches = min(sum(trainer.num_val_batches), sys.maxsize)  # infinite for a loader without a length
-        self._common_batches = self._over_processes(int(batches), dist.ReduceOp.MIN)
+        self._common_batches = self._reduce(int(batches), dist.ReduceOp.MIN)
 
     def on_validation_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs, batch, batch_idx: int, dataloader_idx: int = 0
+        self, trainer: L.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if batch_idx < self._common_batches and (signum := self._agreed()):
             self._stop(trainer, signum, validation_due=True)
@@ -143,26 +134,31 @@ class Interrupts(Checkpoint):
 
     def _agreed(self) -> int:
         """The signal that any of the processes got; 0 if none did."""
-        return self._over_processes(self._signum, dist.ReduceOp.MAX)
+        return self._reduce(self._signum, dist.ReduceOp.MAX)
 
-    def _over_processes(self, value: int, op: Any) -> int:
-        if self._group is None:
-            return value
+    def _reduce(self, value: int, op: Any) -> int:
         shared = torch.tensor(value)
-        dist.all_reduce(shared, op, self._group)
+        if self._group is not None:
+            dist.all_reduce(shared, op, self._group)
         return int(shared)
 
     def _stop(self, trainer: L.Trainer, signum: int, validation_due: bool) -> None:
-        checkpointing = next((c for c in trainer.callbacks if isinstance(c, Checkpointing)), None)
-        unsaved = checkpointing is not None and (validation_due or checkpointing.saved_at != trainer.global_step)
-        if unsaved and trainer.global_step > 0:
-            self._validation_due_at = trainer.global_step if validation_due else None
-            checkpointing.save(trainer)
+        step = trainer.global_step
+        self._validation_due_at = step if validation_due else None
+        for callback in trainer.callbacks:
+            if isinstance(callback, Checkpointing) and step > 0 and (validation_due or callback.saved_at != step):
+                callback.save(trainer)
         raise Interrupted(signum)
 
 
+def in_a_hurry(trainer: L.Trainer) -> bool:
+    """Whether a signal came so long ago that what can be left out should be."""
+    interrupts = (callback for callback in trainer.callbacks if isinstance(callback, Interrupts))
+    return any(time.monotonic() - callback.asked_at > HURRY for callback in interrupts)
+
+
 def _kill_workers() -> None:
-    """Workers ignore SIGTERM, with which Python would end them at exit; one that was still starting would wait forever."""
+    """Workers ignore SIGTERM, with which Python would end them at exit."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # the loader's handler raises for each worker that dies
     torch.utils.data._utils.python_exit_status = True  # and the loader, which may be half made, is not to clean up
     for worker in multiprocessing.active_children():
