@@ -35,9 +35,8 @@ def portable_config(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def load(path: Path, device: str | torch.device = "cpu", *, trust: bool = False) -> tuple[nn.Module, Any, dict]:
-    """The model in eval mode on `device`, its tokenizer, and the run's config.
-
-    A custom model or tokenizer is code from outside: `trust` allows importing it, and its exceptions are passed on.
+    """The model in eval mode on `device`, its tokenizer, and the run's config. `trust` allows importing a custom model or
+    tokenizer, whose exceptions are passed on.
 
     Raises:
         UserError: damaged, not a checkpoint of gptlab, or of a foreign class without `trust`.
@@ -64,11 +63,7 @@ def load(path: Path, device: str | torch.device = "cpu", *, trust: bool = False)
 
 
 def check_sizes(config: dict[str, Any], vocab_size: int, weights: dict[str, Any], file_size: int) -> None:
-    """Compare the config of a GPT with the weights that come with it, before memory is allocated for what it says.
-
-    Raises:
-        ValueError: they do not fit.
-    """
+    """Raise ValueError if the config of a GPT does not fit its weights, before memory is allocated for what it says."""
     from gptlab.model import GPT
 
     for name, parameter in inspect.signature(GPT).parameters.items():
@@ -115,11 +110,7 @@ def check_bytes(path: Path, *, whole: bool) -> None:
 
 
 def build_model(config: dict[str, Any], vocab_size: int, block_size: int) -> nn.Module:
-    """The model of a config's node `model`: its class, called with its keys as plain values.
-
-    Raises:
-        UserError: there is no such class, or it does not take these keys.
-    """
+    """The model of a config's node `model`; raises UserError if there is no such class, or it does not take these keys."""
     arguments = {key: value for key, value in config.items() if key not in ("_target_", "compile")}
     sizes = {"vocab_size": vocab_size, "block_size": block_size}
     model = build("model", config["_target_"], {**sizes, **arguments})

@@ -20,16 +20,8 @@ from gptlab.resume import leaf_values
 from gptlab.run import Metrics, Run, read_metrics, write_atomic
 from gptlab.targets import build
 
-HYPER_PARAMETERS = (
-    "seed",
-    "model.",
-    "optim.",
-    "data.name",
-    "data.block_size",
-    "data.batch_size",
-    "trainer.max_steps",
-    "trainer.precision",
-)
+HYPER_PARAMETERS = ("seed", "model.", "optim.", "data.name", "data.block_size", "data.batch_size", "trainer.max_steps",
+                    "trainer.precision")  # fmt: skip
 TENSORBOARD = "gptlab.loggers.TensorBoard"
 TAGS = {
     **{f"train/{name}": f"train_health/{name}" for name in ("clipped_share", "grad_norm")},
@@ -41,11 +33,7 @@ def make_loggers(
     node: dict[str, Any] | None, run: Run, data: dict[str, str], state: dict[str, Any], resuming: bool
 ) -> list[Logger]:
     """metrics.jsonl and the config's logger (its node), both without what will be logged again after the checkpoint, whose
-    `state` is {} if the run starts at step 0. `data` is name and checksums.
-
-    Raises:
-        UserError: metrics.jsonl is damaged, or Weights & Biases cannot be used.
-    """
+    `state` is {} if the run starts at step 0. Raises UserError if Weights & Biases cannot be used."""
     start_step = state.get("global_step", 0)
     due = state != {} and state["callbacks"]["Interrupts"]["validation_due_at"] is not None
     metrics = Metrics(run.folder / "metrics.jsonl", data, start_step, validation_due=due)

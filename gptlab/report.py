@@ -53,7 +53,7 @@ def summarize(run: Run, trainer: Any, module: Any, data: Any, seconds: float) ->
     """What summary.json holds."""
     from gptlab.callbacks.throughput import Throughput
 
-    checkpoints = [f"checkpoints/{name}.ckpt" for name in ("best", "last")]
+    checkpoints = ("checkpoints/best.ckpt", "checkpoints/last.ckpt")
     ended, why = _ending(trainer)
     speeds = (callback.tokens_per_s for callback in trainer.callbacks if isinstance(callback, Throughput))
     return {
@@ -81,8 +81,8 @@ def _ending(trainer: Any) -> tuple[str, str | None]:
             return "early_stopping", callback.why
     if trainer.global_step >= trainer.max_steps:
         return "max_steps", None
-    remaining = [callback.time_remaining() for callback in trainer.callbacks if isinstance(callback, Timer)]
-    if any(seconds is not None and seconds <= 0 for seconds in remaining):
+    timer = next(callback for callback in trainer.callbacks if isinstance(callback, Timer))
+    if timer.time_remaining() is not None and timer.time_remaining() <= 0:
         return "max_time", "trainer.max_time is over"
     return "callback", "a callback ended it"
 
@@ -97,12 +97,8 @@ def conclude(
     sample_arguments: str,
     trust: bool,
 ) -> None:
-    """Say how the run ended and what to do next, and repeat the warnings among the `notes` of its start.
-
-    Args:
-        sample_arguments: for the command that samples from the run, such as "prompt='85+50='".
-        trust: whether resuming the run takes trust=true.
-    """
+    """Say how the run ended and what to do next, and repeat the warnings among the `notes` of its start. `trust`: whether
+    resuming the run takes trust=true."""
     best = summary["best"]
     speed = f", {summary['tokens_per_s']:,.0f} tokens/s while training" if summary["tokens_per_s"] else ""
     if summary["why"]:
@@ -147,6 +143,7 @@ def ended_early(error: BaseException, trainer: Any, run: Run, trust: bool) -> in
     """Say what ended a run early, and how to resume it; returns this process's exit status, or raises the error if it is
     shown elsewhere. Where several processes stop together, the first speaks for all, and the others return 0: Lightning
     would kill it if they failed."""
+    from gptlab import checkpoint
     from gptlab.callbacks.interrupts import Interrupted
     from gptlab.memory import LESS_MEMORY, out_of_memory
     from gptlab.watch import Diverged
@@ -167,23 +164,18 @@ def ended_early(error: BaseException, trainer: Any, run: Run, trust: bool) -> in
     else:
         what, status = "".join(traceback.format_exception(error)).rstrip(), 1
     if first:
-        again, more = "to resume" if run.checkpoints() else "to start it again", ""
+        saved, again, more = "nothing was saved yet", "to start it again", ""
+        for path in run.checkpoints()[:1]:
+            saved = f"the last checkpoint is of step {checkpoint.read(path, mmap=True)['global_step']}"
+            again = "to resume"
         if isinstance(error, Diverged):
             again, more = "to skip its update and resume", f" optim.skip_nonfinite={error.skipped}"
         step = trainer.global_step  # 0, too, where a resume has yet to read its checkpoint
-        log.info("\n%s\n%s%s; %s:", what, f"at step {step}; " if step else "", _last_saved(run), again)
+        log.info("\n%s\n%s%s; %s:", what, f"at step {step}; " if step else "", saved, again)
         log.info("  %s%s", resume_command(run, trust), more)
         if isinstance(error, Interrupted) and error.signum == signal.SIGUSR1:
             requeue()
     return status if first or not isinstance(error, Interrupted | Diverged) else 0
-
-
-def _last_saved(run: Run) -> str:
-    from gptlab import checkpoint
-
-    if not (checkpoints := run.checkpoints()):
-        return "nothing was saved yet"
-    return f"the last checkpoint is of step {checkpoint.read(checkpoints[0], mmap=True)['global_step']}"
 
 
 def requeue() -> None:

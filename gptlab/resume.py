@@ -34,11 +34,7 @@ def check_changes(keys: Collection[str]) -> None:
 
 def find_state(run: Run) -> tuple[Path | None, dict[str, Any]]:
     """The newest readable checkpoint and its non-tensor state; `(None, {})` if nothing was saved yet. Damaged newer ones
-    are renamed.
-
-    Raises:
-        UserError: there is none, though the run saved some: restarting would overwrite what it logged.
-    """
+    are renamed. Raises UserError if all are lost: restarting would overwrite what the run logged."""
     from gptlab import checkpoint
 
     damaged: dict[Path, str] = {}
@@ -82,12 +78,8 @@ def leaf_values(config: Any, at: str = "") -> Iterator[tuple[str, Any]]:
 def check_same_run(
     ckpt: Path, state: dict[str, Any], config: dict[str, Any], data: dict[str, str], tokenizer: dict[str, Any]
 ) -> None:
-    """Compare a checkpoint's state with the run that is to be resumed: its config, the data on disk (name and checksums),
-    and the tokenizer's state.
-
-    Raises:
-        UserError: the checkpoint is of another run or of other data.
-    """
+    """Raise UserError if a checkpoint's state is not of this run: its config, the data on disk (name and checksums), and
+    the tokenizer's state."""
     was, now = dict(leaf_values(state["config"])), dict(leaf_values(config))
     for key in {**was, **now}:
         free = key in (*RESUME_MAY_CHANGE, *FOLLOWS) or not key.startswith(OF_A_STEP)
@@ -100,11 +92,8 @@ def check_same_run(
 
 
 def finished_summary(run: Run, state: dict[str, Any], max_steps: int, max_time: str | None) -> dict[str, Any] | None:
-    """The summary of a run that has nothing left to do; None if there is something left.
-
-    Raises:
-        UserError: it is to end before the step that it has reached.
-    """
+    """The summary of a run that has nothing left to do; None if there is something left. Raises UserError if it is to end
+    before the step that it has reached."""
     step, summary = state["global_step"], run.read_summary()
     if max_steps < step:
         raise UserError(f"trainer.max_steps={max_steps}: the run has already reached step {step}")

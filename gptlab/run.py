@@ -78,10 +78,7 @@ class Run:
     @classmethod
     def find(cls, name: str) -> "Run":
         """The run in the folder `name`; for `latest`, the newest one under outputs/ and sweeps/ of the working directory.
-
-        Raises:
-            MissingFileError: there is none; the text lists the newest runs.
-        """
+        Raises MissingFileError, which lists the newest runs."""
         folder = Path(os.path.expanduser(name))
         if name and os.path.isfile(folder / "config.yaml"):
             return cls(folder)
@@ -148,11 +145,7 @@ class Run:
         return [path for path in paths if path.is_file()]
 
     def read_config(self) -> dict[str, Any]:
-        """config.yaml as plain values. Anyone may have written it, so that `trust` is not taken from it.
-
-        Raises:
-            UserError: it cannot be read.
-        """
+        """config.yaml as plain values, without `trust`: anyone may have written it. Raises UserError if it is damaged."""
         import yaml
 
         path = self.folder / "config.yaml"
@@ -201,11 +194,7 @@ class Run:
 
 
 def find_checkpoint(path: str) -> Path:
-    """The checkpoint file `path`, or the best one of the run folder `path` (`latest`: the newest run).
-
-    Raises:
-        MissingFileError: there is none.
-    """
+    """The checkpoint file `path`, or the best one of the run folder `path` (`latest`: the newest run)."""
     if os.path.isfile(file := os.path.expanduser(path)):
         return Path(file)
     run = Run.find(path)
@@ -220,9 +209,6 @@ class Metrics:
 
     A run that starts at `start_step` drops the lines that it will write again: those of later steps, and with
     `validation_due` those of that step's validation. `kept` are the others.
-
-    Raises:
-        UserError: the file is damaged.
     """
 
     def __init__(self, path: Path, data: dict[str, str], start_step: int = 0, validation_due: bool = False) -> None:
@@ -251,11 +237,7 @@ class Metrics:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The log events in metrics.jsonl; without its last line, if a kill cut that.
-
-    Raises:
-        UserError: it is damaged.
-    """
+    """The log events in metrics.jsonl, without a last line that a kill has cut; raises UserError if it is damaged."""
     lines = path.read_bytes().splitlines(keepends=True)[1:]
     try:
         return [json.loads(line) for line in lines if line.endswith(b"\n")]

@@ -27,11 +27,7 @@ def foreign_targets(config: Any, known: Collection[str]) -> list[str]:
 
 
 def require_trust(source: Path | str, config: Any, known: Collection[str], trust: bool) -> list[str]:
-    """The foreign targets of a config from outside.
-
-    Raises:
-        UserError: there are some, and no `trust`.
-    """
+    """The foreign targets of a config from outside; raises UserError if there are some, and no `trust`."""
     if (foreign := foreign_targets(config, known)) and not trust:
         raise UserError(
             f"{source} needs {', '.join(foreign[:5])}, which gptlab does not define: loading it runs that code; add "
@@ -54,11 +50,7 @@ def instantiate(key: str, node: dict[str, Any], **arguments: Any) -> Any:
 
 
 def build(key: str, target: Any, arguments: dict[str, Any]) -> Any:
-    """Call the class that the config's node `key` names.
-
-    Raises:
-        UserError: there is no such class, or it does not take these arguments.
-    """
+    """Call a class; raises UserError, about the config's `key`, if it does not exist or does not take these arguments."""
     if not isinstance(target, str):
         raise UserError(f"{key}._target_ must be the name of a class, PACKAGE.CLASS")
     module, _, name = target.rpartition(".")

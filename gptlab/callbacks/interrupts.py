@@ -55,11 +55,9 @@ class Interrupts(Checkpoint):
     def listening(self, trainer: L.Trainer) -> Iterator[None]:
         """From before other processes are started until they have ended."""
         self._may_end_at_once, self._pid = trainer.world_size == 1, os.getpid()
-        signals = [signal.SIGTERM, signal.SIGINT]
+        signals = [signal.SIGTERM, signal.SIGINT, *([signal.SIGUSR1] if "SLURM_JOB_ID" in os.environ else [])]
         if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup has it
             signals.append(signal.SIGHUP)
-        if "SLURM_JOB_ID" in os.environ:
-            signals.append(signal.SIGUSR1)
         before = {signum: signal.signal(signum, self._handle) for signum in signals}
         try:
             yield
@@ -114,8 +112,7 @@ class Interrupts(Checkpoint):
                 os.write(1, b"\nstopping after this step; Ctrl-C stops at once\n")  # logging is not safe here
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
-        if signum := self._agreed():
-            self._stop(trainer, signum, validation_is_due(trainer))
+        self._stop_if_asked(trainer, validation_is_due(trainer))
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._validation_due_at = None
@@ -125,16 +122,11 @@ class Interrupts(Checkpoint):
     def on_validation_batch_end(
         self, trainer: L.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if batch_idx < self._common_batches and (signum := self._agreed()):
-            self._stop(trainer, signum, validation_due=True)
+        if batch_idx < self._common_batches:
+            self._stop_if_asked(trainer, validation_due=True)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if signum := self._agreed():
-            self._stop(trainer, signum, validation_due=False)
-
-    def _agreed(self) -> int:
-        """The signal that any of the processes got; 0 if none did."""
-        return self._reduce(self._signum, dist.ReduceOp.MAX)
+        self._stop_if_asked(trainer, validation_due=False)
 
     def _reduce(self, value: int, op: Any) -> int:
         shared = torch.tensor(value)
@@ -142,7 +134,10 @@ class Interrupts(Checkpoint):
             dist.all_reduce(shared, op, self._group)
         return int(shared)
 
-    def _stop(self, trainer: L.Trainer, signum: int, validation_due: bool) -> None:
+    def _stop_if_asked(self, trainer: L.Trainer, validation_due: bool) -> None:
+        """Save and stop if any of the processes got a signal."""
+        if not (signum := self._reduce(self._signum, dist.ReduceOp.MAX)):
+            return
         step = trainer.global_step
         self._validation_due_at = step if validation_due else None
         for callback in trainer.callbacks:
