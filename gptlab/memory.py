@@ -75,8 +75,8 @@ def estimate_step(
     averaged: bool = False,  # EMA keeps a second copy of the weights
     distributed: bool = False,  # DDP keeps a second copy of the gradients
 ) -> Estimate | None:
-    """Memory of one optimizer step as `gptlab.module` does it; nothing of that size is allocated. None where fake tensors
-    cannot take the model's path, such as control flow that depends on values."""
+    """Memory of one optimizer step as `gptlab.module` does it; nothing of that size is allocated. None where fake
+    tensors cannot take the model's path, such as control flow that depends on values."""
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
     try:
         with FakeTensorMode(), LiveBytes() as live, torch.device(device_type):

@@ -57,7 +57,7 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """Token ids (B, T) -> logits (B, T, V). The keywords are the keys of `conf/model/*.yaml`, and the sizes of the data.
+    """Token ids (B, T) -> logits (B, T, V). The keywords are the keys of `conf/model/*.yaml` and the data's sizes.
 
     `vocab_multiple` pads the vocabulary (faster matrix products on GPUs) with logits of -inf, which take no part in any
     loss and are never sampled. With `activation_checkpointing`, the backward pass recomputes all but each block's input

@@ -92,8 +92,8 @@ class GPTModule(L.LightningModule):
                 self.log_metrics({"train/lr": lr, **self.watch.interval(rows)})
 
     def _within_memory(self, what: str, ids: Tensor, compute: Callable[[int], Tensor]) -> Tensor:
-        """`compute(micro_batch_size)`, again with half the size, for good, when out of memory. UserError where one sequence
-        does not fit, or with several processes, which would have to agree."""
+        """`compute(micro_batch_size)`, again with half the size, for good, when out of memory. UserError where one
+        sequence does not fit, or with several processes, which would have to agree."""
         while True:
             size = min(self.micro_batch_sizes[what] or len(ids), len(ids))
             try:

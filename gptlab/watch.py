@@ -60,7 +60,8 @@ class Watch:
         text = f"step {step}: the loss is {loss:.4g} and the gradient norm {norm:.4g}; the update was skipped"
         text += f". Its batch is data.train_steps(0, 1)[{step - 1}]"
         if self.skipped > self.may_skip:
-            advice = f"lower optim.lr in a new run; if it is the batch, skip its update with optim.skip_nonfinite={self.skipped}"
+            skip = f"optim.skip_nonfinite={self.skipped}"
+            advice = f"start a new run with a lower optim.lr; if it is the batch, skip its update with {skip}"
             raise Diverged(f"the run has diverged: {text}. Usual remedy: {advice}", self.skipped)
         log.warning("%s (%d of at most %d such steps)", text, self.skipped, self.may_skip)
 
