@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from gptlab.errors import UserError
-from gptlab.targets import build, require_trust
+from gptlab.targets import build, foreign_targets, require_trust
 from gptlab.tokenizer import from_state
 
 GPT_TARGET = "gptlab.model.GPT"
@@ -43,7 +43,8 @@ def load(path: Path, device: str | torch.device = "cpu", *, trust: bool = False)
     """
     checkpoint = read(path)
     config, state = checkpoint["config"], checkpoint["tokenizer"]
-    foreign = require_trust(path, [config["model"], state], {GPT_TARGET}, trust)
+    foreign = [*foreign_targets(config["model"], {GPT_TARGET}), *foreign_targets(state, ())]
+    require_trust(path, foreign, trust)
     try:
         named = [(name, weight) for name, weight in checkpoint["state_dict"].items() if name.startswith("model.")]
         weights = {name.removeprefix("model."): weight for name, weight in named}

@@ -1,11 +1,12 @@
 """From the command line to a validated config, for every entry point.
 
-    sys.argv -> arrange() -> Hydra composes -> Gatekeeper: check(), claim the run folder -> task(config)
+    sys.argv -> prepare_overrides() -> Hydra composes -> Gatekeeper: load_config(), claim the run folder -> task(config)
 
 In a sweep, Gatekeeper checks all jobs before the first starts, and each job is a process of its own, started as a user
 would start it. Exit status: 0 done, 1 failed, 2 a user's mistake, 130 and 143 stopped by Ctrl-C and SIGTERM.
 """
 
+import atexit
 import contextlib
 import os
 import platform
@@ -25,6 +26,7 @@ from gptlab import config, resume, targets
 from gptlab.config import did_you_mean
 from gptlab.errors import JobError, UserError
 from gptlab.run import Run, is_first_process
+from gptlab.terminal import printable
 
 DATA_PATHS = ("data.path", "data.val_path", "data.folder")
 # Free text: taken word for word, except in sweeps, where Hydra's grammar rules.
@@ -32,6 +34,7 @@ TEXT_KEYS = ("prompt", "prompt_file", "ckpt", "resume", *DATA_PATHS, "path", "ou
 FULL_ERROR = os.environ.get("HYDRA_FULL_ERROR") == "1"
 
 _claimed: Run | None = None  # the run folder of this process
+_config: Any = None  # and its config, from Gatekeeper to the task
 _started: tuple[float, float, float] | None = None
 notes: list[str] = []  # what was chosen for the user and why, for the log
 
@@ -54,12 +57,12 @@ def main(task: Callable[[Any], float | None], entry: str) -> None:
         if HydraConfig.get().mode == RunMode.MULTIRUN:
             return sweep.run_job(entry, cfg)
         with errors_as_text():  # here, or Hydra would add a line of its own
-            return task(check(cfg, entry, HydraConfig.get().overrides.task))
+            return task(_config)
 
     job.__module__ = "__main__"  # Hydra names the job after the module
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors arrive here as they are; Hydra prints none itself
     with errors_as_text(lambda: not composed):
-        sys.argv[1:] = arrange(sys.argv[1:], entry)
+        sys.argv[1:] = prepare_overrides(sys.argv[1:], entry)
         hydra.main(version_base="1.3", config_path=str(config.CONF), config_name=entry)(job)()
 
 
@@ -121,16 +124,16 @@ def errors_as_text(composing: Callable[[], bool] = lambda: False) -> Iterator[No
         print(f"\nerror: {error}", file=sys.stderr)
         sys.exit(1)
     except Exception as error:
-        text = None if FULL_ERROR else explain(error, composing())
+        text = None if FULL_ERROR else error_text(error, composing())
         if text is None:
             raise
-        print(f"\nerror: {text}", file=sys.stderr)
+        print(f"\nerror: {printable(text)}", file=sys.stderr)
         if _claimed:
             _claimed.discard()
         sys.exit(2)
 
 
-def explain(error: BaseException, composing: bool = False) -> str | None:
+def error_text(error: BaseException, composing: bool = False) -> str | None:
     """The text for a user's mistake; None for a fault in a program. While composing, every error is the user's."""
     from hydra.errors import HydraException, MissingConfigException, OverrideParseException
     from omegaconf.errors import OmegaConfBaseException
@@ -166,10 +169,10 @@ def explain(error: BaseException, composing: bool = False) -> str | None:
     return None
 
 
-def arrange(argv: list[str], entry: str) -> list[str]:
+def prepare_overrides(argv: list[str], entry: str) -> list[str]:
     """The command line as Hydra needs it: flags first, free text quoted, hardware chosen.
 
-    Keys get `++`, so that Hydra accepts every key and `check` reports all that is wrong at once.
+    Keys get `++`, so that Hydra accepts every key and `load_config` reports all that is wrong at once.
     """
     from hydra._internal.utils import get_args_parser
 
@@ -181,7 +184,7 @@ def arrange(argv: list[str], entry: str) -> list[str]:
     flags = [argument for argument in argv if argument not in parsed.overrides]
     groups = {path.name for folder in (config.CONF, Path(parsed.config_dir or config.CONF)) if folder.is_dir()
               for path in folder.iterdir() if path.is_dir()}  # fmt: skip
-    overrides = [_accept_any_key(override, groups, as_text=not parsed.multirun) for override in parsed.overrides]
+    overrides = [_prepare_override(override, groups, as_text=not parsed.multirun) for override in parsed.overrides]
     resuming = any(override.startswith("++resume=") for override in overrides)
     if parsed.multirun:
         sweep.check_flags(entry, overrides, resuming)
@@ -189,13 +192,16 @@ def arrange(argv: list[str], entry: str) -> list[str]:
     if resuming and not is_ddp_child and any(override.startswith("hydra.run.dir=") for override in overrides):
         raise UserError("a resumed run stays in its folder; leave out hydra.run.dir")
     if not is_first_process():  # the first one writes and speaks for all
-        own = [] if resuming or is_ddp_child else [f"hydra.run.dir={quote(tempfile.mkdtemp())}"]
-        overrides += [*own, "hydra.output_subdir=null", "hydra/job_logging=none"]
+        if not (resuming or is_ddp_child):
+            scratch = tempfile.mkdtemp()
+            atexit.register(shutil.rmtree, scratch, ignore_errors=True)
+            overrides.append(f"hydra.run.dir={quote(scratch)}")
+        overrides += ["hydra.output_subdir=null", "hydra/job_logging=none"]
     if entry == "train" and not resuming:
         if not any(override.startswith("hardware=") for override in overrides):
             overrides.append(f"hardware={detect_hardware()}")
         if is_first_process():
-            overrides += replace_missing_data(overrides, parsed.config_dir)
+            overrides += fallback_overrides(overrides, parsed.config_dir)
         if parsed.multirun and notes:
             print("\n".join(notes))
     return flags + overrides
@@ -205,7 +211,7 @@ def _refuse_flags(message: str) -> None:
     raise UserError(f"{message}; settings have no dashes: optim.lr=3e-4, not --optim.lr 3e-4; --help lists them")
 
 
-def _accept_any_key(override: str, groups: set[str], as_text: bool) -> str:
+def _prepare_override(override: str, groups: set[str], as_text: bool) -> str:
     key, is_setting, value = override.partition("=")
     if key in ("callbacks", "logger") and value == "null":
         raise UserError(f"{override}: choose an option; to leave {key} out: '~{key}'")
@@ -244,7 +250,7 @@ def detect_hardware() -> str:
     return hardware
 
 
-def replace_missing_data(overrides: list[str], config_dir: str | None) -> list[str]:
+def fallback_overrides(overrides: list[str], config_dir: str | None) -> list[str]:
     """`data=FALLBACK name=FALLBACK` if the chosen data need a download that fails and name a fallback; else nothing.
 
     Decided once, in a sweep by its parent, and recorded as overrides like any other. Not where data themselves vary.
@@ -263,7 +269,7 @@ def replace_missing_data(overrides: list[str], config_dir: str | None) -> list[s
         fixed = [override.input_line for override in parsed if not override.is_sweep_override()]
         searched = [f"hydra.searchpath=[file://{Path(config_dir).resolve()}]"] if config_dir else []
         with initialize_config_dir(str(config.CONF), version_base="1.3"):
-            data = check(compose("train", [*fixed, *searched]), "train", fixed).data
+            data = load_config(compose("train", [*fixed, *searched]), "train", fixed).data
     except (UserError, HydraException, OmegaConfBaseException):
         return []  # reported where the config is composed for the run
     fallback = data.get("fallback")
@@ -273,31 +279,32 @@ def replace_missing_data(overrides: list[str], config_dir: str | None) -> list[s
         files.fetch(data["url"], data["sha256"], files.data_folder(data["folder"]) / data["file"])
         return []
     except UserError as error:
-        warning = f"{error}. Training on {fallback} instead; data.fallback=null makes this an error"
-        notes.append(f"\n*** WARNING: {warning} ***\n")
+        warning = f"training on {fallback}, not {data['name']}; data.path=FILE uses your copy, data.fallback=null makes this an error"
+        notes.append(f"\n*** WARNING: {warning} ***\n({error})\n")
         return [
             f"data={fallback}",
             *([] if any(o.startswith("++name=") for o in overrides) else [f"++name={fallback}"]),
         ]
 
 
-def _stop_before_training(*_: Any) -> None:
-    """Ctrl-C until training listens."""
+def _stop_before_training(signum: int, _: Any) -> None:
+    """For signals until training listens."""
     _claimed.discard()
-    os._exit(130)
+    os._exit(128 + signum)
 
 
 class Gatekeeper(Callback):
     """Before Hydra makes any folder: the config is checked, of every job in a sweep, and a run claims its folder."""
 
     def on_run_start(self, config: Any, **_: Any) -> None:
+        global _claimed, _config
         with errors_as_text():  # an exception would become a warning of Hydra's
-            check(config, config.hydra.job.config_name, config.hydra.overrides.task)
+            _config = load_config(config, config.hydra.job.config_name, config.hydra.overrides.task)
             if config.hydra.job.config_name == "train" and is_first_process():
-                global _claimed
                 _claimed = Run(config.hydra.run.dir)
-                _claimed.claim(resuming=config.resume is not None)
-                signal.signal(signal.SIGINT, _stop_before_training)
+                for signum in (signal.SIGINT, signal.SIGTERM):
+                    signal.signal(signum, _stop_before_training)
+                _claimed.claim(resuming=_config.resume is not None, trust=_config.trust)
 
     def on_multirun_start(self, config: Any, **_: Any) -> None:
         from gptlab import sweep
@@ -306,7 +313,7 @@ class Gatekeeper(Callback):
             sweep.check_jobs(config)
 
 
-def check(cfg: Any, entry: str, overrides: list[str]) -> Any:
+def load_config(cfg: Any, entry: str, overrides: list[str]) -> Any:
     """The typed config of one run; on a resume, the run folder's with the changes of the command line."""
     from omegaconf import OmegaConf
     from omegaconf.errors import InterpolationResolutionError
@@ -335,7 +342,7 @@ def resume_config(values: dict[str, Any], overrides: list[str]) -> dict[str, Any
     keys = ["trainer.accelerator" if key == "hardware" else key for key in keys]
     resume.check_changes(keys)
     saved = {**run.read_config(), "resume": values["resume"], "trust": values["trust"]}
-    targets.require_trust(run, saved, config.NODES, values["trust"] is True)
+    targets.require_trust(run, config.foreign_parts(saved), values["trust"] is True)
     for key in keys:
         saved = config.with_value(saved, key, config.select(values, key))
     for key, follower in (("trainer.checkpoint_every", "every"), ("trainer.keep_every", "keep_every")):

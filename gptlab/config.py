@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, create_model
 
 from gptlab.errors import UserError
+from gptlab.targets import foreign_targets
 from gptlab.tokenizer import MAX_VOCAB_SIZE
 
 VALIDATED = ("val/loss", "val/perplexity", "val/bits_per_byte")  # what each validation measures
@@ -55,8 +56,14 @@ def _steps_or_auto(value: Any) -> Any:
 
 
 def _folder_name(value: Any) -> Any:
-    if isinstance(value, str) and (value.startswith("/") or {"", ".", ".."} & set(value.split("/"))):
+    if isinstance(value, str) and ({"", ".", ".."} & set(value.split("/")) or not value.isprintable()):
         raise ValueError("must be the name of a folder inside outputs/")
+    return value
+
+
+def _file_name(value: Any) -> Any:
+    if not isinstance(value, str) or value.startswith(".") or "/" in value or not value.isprintable():
+        raise ValueError("must be the name of a file, without a folder")
     return value
 
 
@@ -106,7 +113,7 @@ class Text(Windows):
     vocab_size: VocabSize | None
     url: Str | None
     sha256: Str | None
-    file: Str
+    file: Annotated[Str, BeforeValidator(_file_name)]
     folder: Str | None
     fallback: Str | None
 
@@ -290,6 +297,14 @@ def validate(values: dict[str, Any], entry: str, references: Collection[str] = (
     return config
 
 
+def foreign_parts(values: dict[str, Any]) -> list[str]:
+    """What a config from outside names and conf/ does not: classes, and a download."""
+    texts = [file.read_text("utf-8") for file in (CONF / "data").glob("*.yaml")]
+    url = select(values, "data.url")
+    known = url is None or any(f"\nurl: {url}\n" in text for text in texts)
+    return foreign_targets(values, NODES) + ([] if known else [str(url)[:100]])
+
+
 def is_known(node: dict[str, Any]) -> bool:
     return isinstance(target := node.get("_target_"), str) and target in NODES
 
@@ -309,32 +324,33 @@ def _check(schema: type[Node], node: dict, at: str, values: dict) -> tuple[Node 
         return schema.model_validate(node), {}
     except ValidationError as invalid:
         found = {at + ".".join(map(str, error["loc"])): error for error in invalid.errors(include_url=False)}
-        return None, {key: _describe(key, error, values) for key, error in found.items()}
+        keys = _all_keys(values, but=[key for key, error in found.items() if error["type"] == "extra_forbidden"])
+        return None, {key: _describe(key, error, keys) for key, error in found.items()}
 
 
-def _describe(key: str, error: Any, values: dict[str, Any]) -> str:
+def _describe(key: str, error: Any, keys: list[str]) -> str:
     given, kind = error["input"], error["type"]
     if kind == "extra_forbidden":
         if key in ("experiment", "debug", "hardware", "recipe"):
             return f"{key}={next(iter(given), '')}: the first line of its YAML must be `# @package _global_`"
-        return f"unknown key {key}{did_you_mean(key, _all_keys(values, but=key))}"
+        return f"unknown key {key}{did_you_mean(key, keys)}"
     if kind == "missing":
         fix = "name the class to build, such as my_package.MyClass" if "_target_" in key else f"add {key}=VALUE"
         return f"{key} is missing; {fix}"
     if isinstance(given, int) and abs(given) >= 2**64:
         given = hex(given)  # Python refuses to write thousands of digits
-    shown = f"{key}={YAML_NAMES.get(repr(given), given)!s:.80}"
+    assignment = f"{key}={YAML_NAMES.get(repr(given), given)!s:.80}"
     if kind in ("dict_type", "model_type"):
         choose = (
             f"; to choose {given}, its defaults list says `override /{key}: {given}`" if (CONF / key).is_dir() else ""
         )
-        return f"{shown}: must be a mapping{choose}"
+        return f"{assignment}: must be a mapping{choose}"
     text = error["msg"].removeprefix("Value error, ")
     if kind == "string_pattern_mismatch":
         text = "must be PACKAGE.CLASS, such as my_package.MyClass"
     for pydantic, ours in WORDING.items():
         text = text.replace(pydantic, ours)
-    return f"{shown}: {text}"
+    return f"{assignment}: {text}"
 
 
 YAML_NAMES = {"None": "null", "True": "true", "False": "false"}
@@ -360,10 +376,10 @@ def did_you_mean(given: str, known: list[str]) -> str:
     return listed + (f"; for Lightning's Trainer: trainer.extra.{name}=VALUE" if node == "trainer" else "")
 
 
-def _all_keys(node: dict[str, Any], but: str, at: str = "") -> list[str]:
+def _all_keys(node: dict[str, Any], but: Collection[str], at: str = "") -> list[str]:
     keys = []
     for name, value in node.items():
-        if f"{at}{name}" != but:
+        if f"{at}{name}" not in but:
             keys.append(f"{at}{name}")
             keys += _all_keys(value, but, f"{at}{name}.") if isinstance(value, dict) else []
     return keys

@@ -23,10 +23,8 @@ from gptlab.targets import build
 HYPER_PARAMETERS = ("seed", "model.", "optim.", "data.name", "data.block_size", "data.batch_size", "trainer.max_steps",
                     "trainer.precision")  # fmt: skip
 TENSORBOARD = "gptlab.loggers.TensorBoard"
-TAGS = {
-    **{f"train/{name}": f"train_health/{name}" for name in ("clipped_share", "grad_norm")},
-    **{f"train/{name}": f"train_speed/{name}" for name in ("data_wait", "mfu", "tokens_per_s")},
-}  # TensorBoard sorts plots by name: losses come first
+WATCHED = ("clipped_share", "data_wait", "grad_norm", "mfu", "tokens_per_s")
+TAGS = {f"train/{name}": f"watch/{name}" for name in WATCHED}  # TensorBoard sorts by name: losses come first
 
 
 def make_loggers(

@@ -35,13 +35,20 @@ def model_takes_plain_values(model: dict) -> Iterator[str]:
             yield f"unknown key model.{key}; a model is built from _target_ and plain values"
 
 
+PLACES = {"model": "gptlab.model.", "data": "gptlab.data.", "callbacks": "gptlab.callbacks.",
+          "logger": ("gptlab.loggers.", "lightning.pytorch.loggers.")}  # fmt: skip
+
+
 @rule("model", "data", "callbacks", "logger")
 def packages_are_installed(model: dict, data: dict, callbacks: dict | None, logger: dict | None) -> Iterator[str]:
     nodes = {"model": model, "data": data, "logger": logger}
     nodes |= {f"callbacks.{name}": node for name, node in (callbacks or {}).items()}
     for key, node in nodes.items():
-        if node and importlib.util.find_spec(package := node["_target_"].partition(".")[0]) is None:
-            yield f"{key}._target_={node['_target_']}: no package {package!r} here; install it, or run in its folder"
+        target = node["_target_"] if node else ""
+        if node and importlib.util.find_spec(package := target.partition(".")[0]) is None:
+            yield f"{key}._target_={target}: package {package!r} not found; install it or run from its folder"
+        if target in NODES and not target.startswith(PLACES[key.partition(".")[0]]):
+            yield f"{key}._target_={target}: this class does not belong there"
     if logger and logger["_target_"].endswith(".WandbLogger") and importlib.util.find_spec("wandb") is None:
         yield "logger=wandb needs Weights & Biases: pip install 'gptlab[wandb]'"
 
@@ -67,13 +74,24 @@ def each_process_has_work(devices: int, num_nodes: int, batch_size: Any, val_win
         )
 
 
-@rule("data.workers")
-def workers_have_cores(workers: Any) -> Iterator[str]:
+@rule("data.workers", "trainer.devices", "trainer.accelerator")
+def processes_have_cores(workers: Any, devices: int, accelerator: str) -> Iterator[str]:
+    keys = {"data.workers": workers} | ({"trainer.devices": devices} if accelerator == "cpu" else {})
+    yield from _more_than_cores(keys)
+
+
+@rule("processes", entry="prepare")
+def preparing_has_cores(processes: int | None) -> Iterator[str]:
+    yield from _more_than_cores({"processes": processes})
+
+
+def _more_than_cores(keys: dict[str, Any]) -> Iterator[str]:
     from gptlab.data.files import available_cores
 
     most = 4 * available_cores()
-    if isinstance(workers, int) and workers > most:
-        yield f"data.workers={workers} must be <= {most}, four times the {most // 4} available cores"
+    for key, value in keys.items():
+        if isinstance(value, int) and value > most:
+            yield f"{key}={value} must be <= {most}, four times the {most // 4} available cores"
 
 
 # What gptlab itself tells Lightning's Trainer.
@@ -119,8 +137,7 @@ def accuracy_is_measured(early_stopping: dict | None, exact_match: dict | None, 
     measured = target.startswith("gptlab.data.problems.") and exact_match
     if early_stopping and early_stopping.get("monitor") == "val/accuracy" and target in NODES and not measured:
         yield (
-            "callbacks.early_stopping.monitor=val/accuracy needs data with right answers (data=addition, data=sort) and "
-            "callbacks.exact_match"
+            "callbacks.early_stopping.monitor=val/accuracy requires data=addition or data=sort, and callbacks.exact_match"
         )
 
 

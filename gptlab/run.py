@@ -91,12 +91,17 @@ class Run:
             f"{name or repr(name)} is not a run folder (no config.yaml); newest runs here: {newest_runs}"
         )
 
-    def claim(self, *, resuming: bool) -> None:
+    def claim(self, *, resuming: bool, trust: bool = False) -> None:
         """Reserve the folder for this process until it ends. Call it before anything is written there.
 
         Raises:
             UserError: the folder is in use, holds a run or files of the user's, or is read-only.
         """
+        links = [path for path in self.folder.rglob("*") if path.is_symlink()]
+        if links and not trust:
+            raise UserError(
+                f"{links[0]} is a symbolic link, which gptlab would write through; remove it, or add trust=true"
+            )
         try:
             if not resuming:
                 self._check_unused()  # before the lock, so that nothing is left in somebody's folder
@@ -150,13 +155,16 @@ class Run:
 
         path = self.folder / "config.yaml"
         try:
-            config = dict(yaml.safe_load(path.read_text("utf-8")))
+            text = path.read_text("utf-8")
+            if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)):
+                raise ValueError("it has aliases, which gptlab never writes")
+            config = dict(yaml.safe_load(text))
         except (OSError, yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
             raise UserError(f"cannot read {path}; restore it (checkpoints hold it as 'config'): {error}") from None
         config.pop("trust", None)
         return config
 
-    def write_record(
+    def write_description(
         self, config: dict[str, Any], *, data: dict[str, str], tokenizer: dict, device: str, resumed_at: int | None
     ) -> None:
         """Write config.yaml and run.json, and remove the summary: the run is not finished any more. Arguments are plain
@@ -173,13 +181,15 @@ class Run:
             about = self._read_json("run.json") or about
             about.setdefault("resumed", []).append({"step": resumed_at, **now})
         (self.folder / "summary.json").unlink(missing_ok=True)
-        text = yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
+        unshared = json.loads(json.dumps(config))  # or YAML would write aliases, which `read_config` refuses
+        text = yaml.safe_dump(unshared, sort_keys=False, allow_unicode=True)
         write_atomic(self.folder / "config.yaml", text.encode("utf-8"))
         write_json(self.folder / "run.json", about)
 
     def read_summary(self) -> dict[str, Any] | None:
         """None if the run is not finished."""
-        return self._read_json("summary.json")
+        summary = self._read_json("summary.json")
+        return summary if summary and {"steps", "ended", "why", "best"} <= summary.keys() else None
 
     def write_summary(self, summary: dict[str, Any]) -> None:
         write_json(self.folder / "summary.json", summary)
@@ -198,6 +208,8 @@ def find_checkpoint(path: str) -> Path:
     if os.path.isfile(file := os.path.expanduser(path)):
         return Path(file)
     run = Run.find(path)
+    if path == "latest":
+        run = next((newest for newest in Run.newest(20) if newest.checkpoints()), run)
     if not (checkpoints := run.checkpoints()):
         raise MissingFileError(f"{run} has no checkpoint: the run saved nothing yet")
     return next((file for file in checkpoints if file.name == "best.ckpt"), checkpoints[0])

@@ -43,7 +43,7 @@ def sample(cfg: config.Sample) -> None:
             print("\n" + "-" * 20)
         if question:
             answer = tokenizer.decode([int(next_id) for next_id in new])
-            print(notation.format_question(question) + notation.format_answer(answer))
+            print(show(notation.format_question(question) + notation.format_answer(answer)))
             continue
         print(show(prompt), end="")
         for piece in decode_stream(tokenizer, ids.tolist(), (int(next_id) for next_id in new)):

@@ -40,10 +40,10 @@ def check_jobs(master: Any) -> None:
     wrong: dict[str, list[str]] = {}  # problems -> jobs
     for number, job in enumerate(jobs):
         try:
-            cli.check(loader.load_sweep_config(master, job), master.hydra.job.config_name, job)
+            cli.load_config(loader.load_sweep_config(master, job), master.hydra.job.config_name, job)
         except Exception as error:
             varied = [given.lstrip("+") for i, given in enumerate(job) if len({other[i] for other in jobs}) > 1]
-            wrong.setdefault(cli.explain(error, composing=True), []).append(f"job {number} ({', '.join(varied)})")
+            wrong.setdefault(cli.error_text(error, composing=True), []).append(f"job {number} ({', '.join(varied)})")
     if not wrong:
         return
     bad = sum(map(len, wrong.values()))
@@ -61,8 +61,8 @@ def run_job(entry: str, cfg: Any) -> float | None:
 
     hydra_config = HydraConfig.get()
     folder = Path(hydra_config.runtime.output_dir)
-    typed = get_args_parser().parse_args(sys.argv[1:])
-    flags = [flag for flag in sys.argv[1:] if flag not in ("-m", "--multirun", *typed.overrides)]
+    parsed = get_args_parser().parse_args(sys.argv[1:])
+    flags = [flag for flag in sys.argv[1:] if flag not in ("-m", "--multirun", *parsed.overrides)]
     overrides = []
     for override in hydra_config.overrides.task:
         key = override.partition("=")[0].lstrip("+")
@@ -74,7 +74,7 @@ def run_job(entry: str, cfg: Any) -> float | None:
     environment = {key: value for key, value in os.environ.items() if key not in (*ranks, "HYDRA_FULL_ERROR")}
     if cli.FULL_ERROR:
         environment["HYDRA_FULL_ERROR"] = "1"
-    status = _wait_for(subprocess.Popen(command, env=environment, start_new_session=True))
+    status = _run(command, environment)
     if status in (129, 130, 143, -signal.SIGHUP, -signal.SIGINT, -signal.SIGTERM):
         print(f"sweep stopped; no job after {folder} was started", file=sys.stderr)
         sys.exit(status if status > 0 else 128 - status)
@@ -84,13 +84,20 @@ def run_job(entry: str, cfg: Any) -> float | None:
     return json.loads(summary.read_text("utf-8"))["best"].get("val/loss") if summary.exists() else None
 
 
-def _wait_for(process: subprocess.Popen) -> int:
+def _run(command: list[str], environment: dict[str, str]) -> int:
     """The exit status of a job in a session of its own; it gets each signal once, from here, and time to save."""
-    forwarded = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
-    if threading.current_thread() is not threading.main_thread():
-        return process.wait()
-    before = {signum: signal.signal(signum, lambda number, _: process.send_signal(number)) for signum in forwarded}
+    process, early = None, []
+
+    def forward(signum: int, _: Any) -> None:
+        process.send_signal(signum) if process else early.append(signum)
+
+    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+    on_main_thread = threading.current_thread() is threading.main_thread()  # only there can signals be handled
+    before = {signum: signal.signal(signum, forward) for signum in signals} if on_main_thread else {}
     try:
+        process = subprocess.Popen(command, env=environment, start_new_session=True)
+        for signum in early:
+            process.send_signal(signum)
         return process.wait()
     finally:
         for signum, handler in before.items():

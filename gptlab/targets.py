@@ -26,14 +26,13 @@ def foreign_targets(config: Any, known: Collection[str]) -> list[str]:
     return sorted(set(foreign))
 
 
-def require_trust(source: Path | str, config: Any, known: Collection[str], trust: bool) -> list[str]:
-    """The foreign targets of a config from outside; raises UserError if there are some, and no `trust`."""
-    if (foreign := foreign_targets(config, known)) and not trust:
+def require_trust(source: Path | str, foreign: list[str], trust: bool) -> None:
+    """Raises UserError if a file from outside names anything foreign, and no `trust` is given."""
+    if foreign and not trust:
         raise UserError(
-            f"{source} needs {', '.join(foreign[:5])}, which gptlab does not define: loading it runs that code; add "
+            f"{source} needs {', '.join(foreign[:5])}, which gptlab does not define: loading it runs code or downloads; add "
             "trust=true if you trust its author"
         )
-    return foreign
 
 
 def instantiate(key: str, node: dict[str, Any], **arguments: Any) -> Any:

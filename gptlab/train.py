@@ -29,35 +29,34 @@ def train(cfg: config.Train) -> float | None:
     gc.disable()  # until training starts: tracing a million new objects would be a quarter of the start
     run = Run(HydraConfig.get().runtime.output_dir)
     from gptlab.loggers import make_loggers
-    from gptlab.targets import foreign_targets
 
     quiet_lightning()
     resolve_autos(cfg)
     ckpt, state = resume.find_state(run) if cfg.resume else (None, {})
-    custom = bool(foreign_targets(cfg.model_dump(), config.NODES))
+    trust = bool(config.foreign_parts(cfg.model_dump()))  # what a resume will need
     if state and (summary := resume.finished_summary(run, state, cfg.trainer.max_steps, cfg.trainer.max_time)):
-        report.already_finished(run, summary, trust=custom)
+        report.already_finished(run, summary, trust=trust)
         return summary["best"].get("val/loss")
 
     data = make_data(cfg)
-    resolved, tokenizer = {**cfg.model_dump(), "resume": None, "trust": False}, data.tokenizer.state()
+    saved_config, tokenizer = {**cfg.model_dump(), "resume": None, "trust": False}, data.tokenizer.state()
     if state:
-        resume.check_same_run(ckpt, state, resolved, data.record, tokenizer)
+        resume.check_same_run(ckpt, state, saved_config, data.record, tokenizer)
     memory = check_memory(cfg, data)
-    module = make_module(cfg, data, resolved)
+    module = make_module(cfg, data, saved_config)
     trainer = make_trainer(cfg, run, data, make_loggers(cfg.logger, run, data.record, state, bool(cfg.resume)))
     start_step = state.get("global_step", 0)
     if trainer.is_global_zero:
         resumed_at = start_step if cfg.resume else None
         device = report.device_name(trainer)
-        run.write_record(resolved, data=data.record, tokenizer=tokenizer, device=device, resumed_at=resumed_at)
+        run.write_description(saved_config, data=data.record, tokenizer=tokenizer, device=device, resumed_at=resumed_at)
         report.announce(run, data, module, trainer, notes=cli.notes, memory=memory, resumed_at=resumed_at)
-    fit(trainer, module, data, ckpt, run, custom)
+    fit(trainer, module, data, ckpt, run, trust)
     summary = report.summarize(run, trainer, module, data, seconds=time.perf_counter() - started)
     if trainer.is_global_zero:
         run.write_summary(summary)
         arguments = sample_arguments(cfg, tokenizer)
-        report.conclude(run, data, summary, start_step, notes=cli.notes, sample_arguments=arguments, trust=custom)
+        report.conclude(run, data, summary, start_step, notes=cli.notes, sample_arguments=arguments, trust=trust)
     return summary["best"].get("val/loss")
 
 
@@ -158,8 +157,8 @@ def check_memory(cfg: config.Train, data: Any) -> str | None:
     return memory.check_fits(lambda size: estimate(micro_batch_size=size), micro_batch_size, available)
 
 
-def make_module(cfg: config.Train, data: Any, resolved: dict[str, Any]) -> Any:
-    """The LightningModule around the model; `resolved` is the config that checkpoints keep."""
+def make_module(cfg: config.Train, data: Any, saved_config: dict[str, Any]) -> Any:
+    """The LightningModule around the model; `saved_config` goes into checkpoints."""
     import lightning as L
 
     from gptlab.checkpoint import GPT_TARGET, build_model, portable_config
@@ -179,7 +178,7 @@ def make_module(cfg: config.Train, data: Any, resolved: dict[str, Any]) -> Any:
         seed=cfg.seed,
         micro_batch_size=data.micro_batch_size,
         log_every=cfg.trainer.log_every,
-        metadata={"config": portable_config(resolved), "tokenizer": data.tokenizer.state(), "data": data.record},
+        metadata={"config": portable_config(saved_config), "tokenizer": data.tokenizer.state(), "data": data.record},
     )
 
 
@@ -257,7 +256,7 @@ def sample_arguments(cfg: config.Train, tokenizer: dict[str, Any]) -> str:
 
     notation = notation_of(cfg.data)
     prompt = f"prompt='{notation.example}' temperature=0 " if notation else ""
-    return prompt + "trust=true" * bool(foreign_targets([cfg.model, tokenizer], {GPT_TARGET}))
+    return prompt + "trust=true" * bool(foreign_targets(cfg.model, {GPT_TARGET}) + foreign_targets(tokenizer, ()))
 
 
 if __name__ == "__main__":

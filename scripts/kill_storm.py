@@ -50,7 +50,7 @@ PIPE = "KILL_STORM_PIPE"
 # Lightning's entry point for callbacks: the reporter is in every process, but not in the config of the run.
 ENTRY_POINT = "[lightning.pytorch.callbacks_factory]\nkill_storm = kill_storm:Reporter\n"
 TIMEOUT = 600  # seconds within which the killed run must get to the place of the next kill
-SPEED = ("train_speed/tokens_per_s", "train_speed/data_wait", "tokens_per_s", "seconds")  # differs between any two runs
+SPEED = ("watch/tokens_per_s", "watch/data_wait", "tokens_per_s", "seconds")  # differs between any two runs
 Event = tuple[str, int, float]  # what, finished steps, time in seconds
 
 

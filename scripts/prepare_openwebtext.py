@@ -1,6 +1,7 @@
 """Documents -> token files for data=openwebtext. See --help."""
 
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ def prepare_openwebtext(cfg: config.Prepare) -> None:
     from gptlab.data import documents, prepare
     from gptlab.tokenizer import BPETokenizer
 
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     out = Path(os.path.expanduser(cfg.out)) if cfg.out else data_folder(None) / "openwebtext"
     prepare.check_folder(out)
     files = text_files(cfg.path, "path") if cfg.path is not None else []

@@ -50,7 +50,7 @@ def refused(tmp_path, monkeypatch, capsys):
 
 
 def arranged(*arguments: str, entry: str = "train") -> list[str]:
-    return cli.arrange([*arguments, *(["hardware=cpu"] if entry == "train" else [])], entry)
+    return cli.prepare_overrides([*arguments, *(["hardware=cpu"] if entry == "train" else [])], entry)
 
 
 # Quoting and order.
@@ -82,14 +82,14 @@ def test_free_text_reaches_the_config_word_for_word(text):
 def test_arranged(given, expected):
     """Flags first, and `++` before every key; again the same, as Lightning's child processes and jobs get it again."""
     assert arranged(*given) == [*expected, "hardware=cpu"]
-    assert cli.arrange(arranged(*given), "train") == arranged(*given)
+    assert cli.prepare_overrides(arranged(*given), "train") == arranged(*given)
 
 
 def test_hardware_is_asked_once_and_only_if_not_given(monkeypatch):
     monkeypatch.setattr(cli, "detect_hardware", lambda: "gpu")
-    assert cli.arrange(["seed=1"], "train") == ["++seed=1", "hardware=gpu"]
-    assert cli.arrange(["hardware=cpu"], "train") == ["hardware=cpu"]
-    assert cli.arrange(["ckpt=x"], "sample") == ["++ckpt='x'"]
+    assert cli.prepare_overrides(["seed=1"], "train") == ["++seed=1", "hardware=gpu"]
+    assert cli.prepare_overrides(["hardware=cpu"], "train") == ["hardware=cpu"]
+    assert cli.prepare_overrides(["ckpt=x"], "sample") == ["++ckpt='x'"]
 
 
 @pytest.mark.parametrize(
@@ -257,8 +257,8 @@ def test_a_fault_in_the_program_keeps_its_traceback():
         except KeyError as error:
             raise UserError("seed=x") from error
     for error, text in ((ValueError("a"), None), (KeyError("a"), None), (wrapped.value, "seed=x")):
-        assert cli.explain(error) == text
-    assert cli.explain(ValueError("a"), composing=True).startswith("a\n")
+        assert cli.error_text(error) == text
+    assert cli.error_text(ValueError("a"), composing=True).startswith("a\n")
 
 
 def test_full_error_shows_the_traceback(gptlab):
@@ -466,10 +466,10 @@ def test_a_run_folder_gives_back_every_text(tmp_path, monkeypatch, text):
     monkeypatch.chdir(tmp_path)
     at = "callbacks.sample_text.prompt"
     (given, *_) = arranged(f"{at}={text}")
-    new = cli.check(compose_entry("train", given), "train", [given]).model_dump()
+    new = cli.load_config(compose_entry("train", given), "train", [given]).model_dump()
     (tmp_path / "run").mkdir()
     (tmp_path / "run/config.yaml").write_text(yaml.safe_dump(new))
-    again = cli.check(compose_entry("train", "++resume=run"), "train", ["++resume=run"]).model_dump()
+    again = cli.load_config(compose_entry("train", "++resume=run"), "train", ["++resume=run"]).model_dump()
     assert config.select(new, at) == config.select(again, at) == text
 
 

@@ -197,15 +197,15 @@ def verdict_on_line(line: tuple[str, list[str]]) -> str:
     entry, arguments = line
     composing = True
     try:
-        overrides = cli.arrange(list(arguments), entry)
+        overrides = cli.prepare_overrides(list(arguments), entry)
         if any(override.startswith("-") for override in overrides):
             return "arranged"
         cfg = compose_entry(entry, *overrides)
         composing = False
-        cli.check(cfg, entry, overrides)
+        cli.load_config(cfg, entry, overrides)
         return "accepted"
     except Exception as error:
-        text = cli.explain(error, composing)
+        text = cli.error_text(error, composing)
         assert text and text.strip(), f"not explained: {error!r:.300}"
         assert composing or isinstance(error, UserError), f"not ours: {error!r:.300}"
         return "refused"

@@ -27,7 +27,7 @@ CONFIG = {
 
 
 def record(run: Run, resumed_at: int | None = None, **config) -> dict:
-    run.write_record(CONFIG | config, data={"name": "d"}, tokenizer={}, device="cpu", resumed_at=resumed_at)
+    run.write_description(CONFIG | config, data={"name": "d"}, tokenizer={}, device="cpu", resumed_at=resumed_at)
     return json.loads((run.folder / "run.json").read_text())
 
 
@@ -228,7 +228,7 @@ def test_foreign_targets():
     config = {"_target_": "ours.A", "x": [{"y": {"_target_": "ours.A.os.system"}}], "z": laughs, "loop": loop, "t": ({"_target_": ["ours.A"]},)}  # fmt: skip
     expected = ["a _target_ that is not a name", "b.C", "ours.A.os.system"]
     assert foreign_targets(config, {"ours.A"}) == expected
-    assert require_trust("run", config, {"ours.A"}, trust=True) == expected
+    require_trust("run", expected, trust=True)
     assert foreign_targets({"_target_": "ours.A", "_target": "b.C"}, {"ours.A"}) == []
     with pytest.raises(UserError, match=r"run needs .*b.C, .*trust=true"):
-        require_trust("run", config, {"ours.A"}, trust=False)
+        require_trust("run", expected, trust=False)

@@ -68,8 +68,7 @@ def test_tensorboard_shows_scalars_config_and_hyper_parameters(gptlab, tmp_path)
     events = EventAccumulator(str(tmp_path / "run")).Reload()
     assert {tag.partition("/")[0] for tag in events.Tags()["scalars"]} == {
         "train",
-        "train_health",
-        "train_speed",
+        "watch",
         "val",
     }
     assert [event.step for event in events.Scalars("train/loss")] == [1, 2, 3, 4, 5, 6]

@@ -139,18 +139,25 @@ def data_folder(folder: str | None) -> Path:
     return Path(os.path.expanduser(folder or os.environ.get("GPTLAB_DATA") or "~/.cache/gptlab"))
 
 
-def fetch(url: str, sha256: str, path: Path, alternative: str = "give your copy as data.path=FILE") -> Path:
+def fetch(
+    url: str, sha256: str, path: Path, alternative: str = "give your copy as data.path=FILE", replace: bool = False
+) -> Path:
     """`path`, downloaded unless a file with this SHA-256 is there; written as a whole or not at all.
 
     Raises:
         MissingFileError: no network, too slow, another file; the text says where to put it by hand, or `alternative`.
+        UserError: there is another file at `path`, without `replace`.
     """
     try:
         if not (path.exists() and hashlib.sha256(path.read_bytes()).hexdigest() == sha256):
+            if path.exists() and not replace:
+                raise UserError(f"{path} exists, but its SHA-256 is not {sha256}; remove it, or {alternative}")
             content = _download(url)
             if (actual := hashlib.sha256(content).hexdigest()) != sha256:
                 raise OSError(f"the file there has SHA-256 {actual}")
             write_atomic(path, content)
+    except UserError:
+        raise
     except (OSError, ValueError, http.client.HTTPException) as error:  # ValueError: not a URL
         raise MissingFileError(
             f"{path} with SHA-256 {sha256} is missing, and {url} cannot be downloaded ({error}); put it there, or "
@@ -184,7 +191,7 @@ def load_gpt2_tokenizer(alternative: str) -> Any:
     cache = Path(folder or os.path.join(tempfile.gettempdir(), "data-gym-cache"))
     for name, sha256 in GPT2_FILES.items():
         url = GPT2_URL + name
-        fetch(url, sha256, cache / hashlib.sha1(url.encode()).hexdigest(), alternative)  # tiktoken's name
+        fetch(url, sha256, cache / hashlib.sha1(url.encode()).hexdigest(), alternative, replace=True)  # its name
     ranks = tiktoken.get_encoding("gpt2")._mergeable_ranks
     return BPETokenizer(sorted(ranks, key=ranks.get))
 
