@@ -120,12 +120,14 @@ def check_fits(estimate: Callable[[int], Estimate | None], micro_batch_size: int
 
 
 def capacity(device: torch.device) -> int:
-    """Bytes of a GPU's own memory; else of the machine's, or of this process's control group (v2) if that has less."""
+    """Bytes of a GPU's own memory; else of the machine's, or of this process's control groups (v2) if one has less."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
     own = OWN_CGROUP.read_text().strip().rpartition("0::/")[2] if OWN_CGROUP.is_file() else ""
-    for file in (CGROUP / own / "memory.max", CGROUP / "memory.max"):
+    group = CGROUP / own
+    for folder in (group, *group.parents[: len(Path(own).parts)]):  # SLURM limits the job above its steps
+        file = folder / "memory.max"
         if file.is_file() and (limit := file.read_text().strip()) != "max":
             limits.append(int(limit))
     return min(limits)
