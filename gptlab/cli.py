@@ -111,7 +111,7 @@ def busy_note(threads: int) -> str | None:
 
 @contextlib.contextmanager
 def errors_as_text(composing: Callable[[], bool] = lambda: False) -> Iterator[None]:
-    """Print a user's mistake as its text alone and exit with 2."""
+    """Print a `UserError` without traceback; exit status 2."""
     try:
         yield
     except KeyboardInterrupt:
@@ -125,16 +125,16 @@ def errors_as_text(composing: Callable[[], bool] = lambda: False) -> Iterator[No
         sys.exit(1)
     except Exception as error:
         text = None if FULL_ERROR else error_text(error, composing())
+        if _claimed:
+            _claimed.discard()
         if text is None:
             raise
         print(f"\nerror: {printable(text)}", file=sys.stderr)
-        if _claimed:
-            _claimed.discard()
         sys.exit(2)
 
 
 def error_text(error: BaseException, composing: bool = False) -> str | None:
-    """The text for a user's mistake; None for a fault in a program. While composing, every error is the user's."""
+    """Message for a user error; None for a bug. While composing, every error is the user's."""
     from hydra.errors import HydraException, MissingConfigException, OverrideParseException
     from omegaconf.errors import OmegaConfBaseException
     from yaml import YAMLError
@@ -159,7 +159,9 @@ def error_text(error: BaseException, composing: bool = False) -> str | None:
             options = [f"{path.parent.name}={given}" for path in sorted(config.CONF.glob(f"*/{given}.yaml"))]
             if given and Path(given).exists():
                 options = [f"resume={given} (train)", f"ckpt={given} (sample)"]
-            meant = f"; did you mean {' or '.join(options)}?" if options else ""
+            meant = (
+                f"; did you mean {' or '.join(options)}?" if options else "; quote values with spaces: 'KEY=two words'"
+            )
             return f"{given}: settings are KEY=VALUE{meant}"
     if composing or isinstance(error, HydraException | OmegaConfBaseException | YAMLError):
         texts = [str(e) for e in chain if str(e)] or [repr(error)]
@@ -185,6 +187,8 @@ def prepare_overrides(argv: list[str], entry: str) -> list[str]:
     groups = {path.name for folder in (config.CONF, Path(parsed.config_dir or config.CONF)) if folder.is_dir()
               for path in folder.iterdir() if path.is_dir()}  # fmt: skip
     overrides = [_prepare_override(override, groups, as_text=not parsed.multirun) for override in parsed.overrides]
+    if not parsed.multirun and (several := [o for o in overrides if is_sweep(o)]):
+        raise UserError(f"{several[0].lstrip('+')}: several values are a sweep; add -m (a list is written [a,b])")
     resuming = any(override.startswith("++resume=") for override in overrides)
     if parsed.multirun:
         sweep.check_flags(entry, overrides, resuming)
@@ -207,8 +211,18 @@ def prepare_overrides(argv: list[str], entry: str) -> list[str]:
     return flags + overrides
 
 
+def is_sweep(override: str) -> bool:
+    """Whether it gives a key several values; what cannot be parsed is reported by Hydra."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    with contextlib.suppress(HydraException):
+        return OverridesParser.create().parse_override(override).is_sweep_override()
+    return False
+
+
 def _refuse_flags(message: str) -> None:
-    raise UserError(f"{message}; settings have no dashes: optim.lr=3e-4, not --optim.lr 3e-4; --help lists them")
+    raise UserError(f"{message}; settings have no dashes: KEY=VALUE, not --KEY VALUE; --help lists them")
 
 
 def _prepare_override(override: str, groups: set[str], as_text: bool) -> str:
@@ -256,7 +270,6 @@ def fallback_overrides(overrides: list[str], config_dir: str | None) -> list[str
     Decided once, in a sweep by its parent, and recorded as overrides like any other. Not where data themselves vary.
     """
     from hydra import compose, initialize_config_dir
-    from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
@@ -265,8 +278,7 @@ def fallback_overrides(overrides: list[str], config_dir: str | None) -> list[str
     if not any(override.startswith(("experiment=", "data=")) for override in overrides):
         return []
     try:
-        parsed = OverridesParser.create().parse_overrides(overrides)
-        fixed = [override.input_line for override in parsed if not override.is_sweep_override()]
+        fixed = [override for override in overrides if not is_sweep(override)]
         searched = [f"hydra.searchpath=[file://{Path(config_dir).resolve()}]"] if config_dir else []
         with initialize_config_dir(str(config.CONF), version_base="1.3"):
             data = load_config(compose("train", [*fixed, *searched]), "train", fixed).data

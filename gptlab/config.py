@@ -360,9 +360,17 @@ WORDING = {"Input should be": "must be", "a valid integer": "an integer", "a val
            "'": ""}  # fmt: skip
 
 
+# nanoGPT's and other habits.
+ALIASES = {"learning_rate": "optim.lr", "eval_interval": "trainer.val_every", "log_interval": "trainer.log_every",
+           "warmup_iters": "optim.warmup_steps", "lr_decay_iters": "optim.decay_steps", "max_iters": "trainer.max_steps",
+           "epochs": "trainer.max_steps", "device": "hardware", "wandb_log": "logger=wandb", "out_dir": "name"}  # fmt: skip
+
+
 def did_you_mean(given: str, known: list[str]) -> str:
     """Keys or options like the given one: of the same node, else with the same or a similar last part; else all."""
     node, _, name = given.rpartition(".")
+    if name in ALIASES:
+        return f"; did you mean {ALIASES[name]}?"
     beside = [key for key in known if key.rpartition(".")[0] == node]
     for candidates, cutoff in ((beside, 0.6), (known, 0.75)):
         by_name = {key.rpartition(".")[2]: key for key in reversed(candidates)}

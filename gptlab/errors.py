@@ -1,4 +1,4 @@
-"""Errors that are the user's to fix: shown as their text alone, without a traceback; the exit status is 2."""
+"""User errors: printed without traceback, exit status 2."""
 
 
 class UserError(ValueError):
@@ -6,7 +6,7 @@ class UserError(ValueError):
 
 
 class MissingFileError(UserError, FileNotFoundError):
-    """A file that the user named, or that was to be downloaded, is not there."""
+    """A named file or a download is missing."""
 
 
 class JobError(Exception):

@@ -83,7 +83,7 @@ def _ending(trainer: Any) -> tuple[str, str | None]:
         return "max_steps", None
     timer = next(callback for callback in trainer.callbacks if isinstance(callback, Timer))
     if timer.time_remaining() is not None and timer.time_remaining() <= 0:
-        return "max_time", "trainer.max_time is over"
+        return "max_time", "reached trainer.max_time"
     return "callback", "a callback ended it"
 
 

@@ -29,7 +29,7 @@ def check_changes(keys: Collection[str]) -> None:
             f"{', '.join(RESUME_MAY_CHANGE)}; for anything else start a new run"
         )
     if "optim.decay_steps" in keys and "trainer.max_steps" not in keys:
-        raise UserError("optim.decay_steps is the schedule of a longer run: give trainer.max_steps with it")
+        raise UserError("optim.decay_steps requires trainer.max_steps")
 
 
 def find_state(run: Run) -> tuple[Path | None, dict[str, Any]]:
@@ -47,7 +47,7 @@ def find_state(run: Run) -> tuple[Path | None, dict[str, Any]]:
         if is_first_process():
             _rename_damaged(damaged)
         if not content.keys() >= set(STATE):
-            raise UserError(f"{path} is of an older gptlab: it can be sampled from, but not resumed")
+            raise UserError(f"{path} was saved by an older gptlab; it can be sampled, not resumed")
         if path.name != "last.ckpt":
             why = "\n".join(damaged.values()) or "last.ckpt is missing"
             log.warning("%s: resuming from %s, of step %d", why, path.name, content["global_step"])
@@ -84,7 +84,9 @@ def check_same_run(
     for key in {**was, **now}:
         free = key in (*RESUME_MAY_CHANGE, *FOLLOWS) or not key.startswith(OF_A_STEP)
         if not free and was.get(key) != now.get(key):
-            raise UserError(f"{ckpt} is of another run: {key} is {was.get(key)} in it, {now.get(key)} in config.yaml")
+            raise UserError(
+                f"{ckpt} does not match config.yaml: {key}={was.get(key)} in the checkpoint, {now.get(key)} in config.yaml (another run?)"
+            )
     if state["data"] != data:
         raise UserError(f"the run trained on {state['data']}, now the data is {data}; restore it, or start a new run")
     if state["tokenizer"] != tokenizer:

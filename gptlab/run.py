@@ -82,20 +82,27 @@ class Run:
         folder = Path(os.path.expanduser(name))
         if name and os.path.isfile(folder / "config.yaml"):
             return cls(folder)
-        records = [path for root in ("outputs", "sweeps") for path in Path(root).glob("**/run.json")]
-        newest = [cls(path.parent) for path in sorted(records, key=os.path.getmtime, reverse=True)[:3]]
+        newest = cls.newest()
         if name == "latest" and newest:
             return newest[0]
-        newest_runs = ", ".join(map(str, newest)) or "none under outputs/ and sweeps/"
+        if name == "latest":
+            raise MissingFileError(f"latest: no runs under {Path.cwd()}/outputs and sweeps; run it where you trained")
+        newest_runs = ", ".join(map(str, newest[:3])) or "none under outputs/ and sweeps/"
         raise MissingFileError(
             f"{name or repr(name)} is not a run folder (no config.yaml); newest runs here: {newest_runs}"
         )
+
+    @classmethod
+    def newest(cls) -> list["Run"]:
+        """The runs under outputs/ and sweeps/ of the working directory, the newest first."""
+        records = [path for root in ("outputs", "sweeps") for path in Path(root).glob("**/run.json")]
+        return [cls(path.parent) for path in sorted(records, key=os.path.getmtime, reverse=True)]
 
     def claim(self, *, resuming: bool, trust: bool = False) -> None:
         """Reserve the folder for this process until it ends. Call it before anything is written there.
 
         Raises:
-            UserError: the folder is in use, holds a run or files of the user's, or is read-only.
+            UserError: the folder is locked, not empty, or read-only.
         """
         links = [path for path in self.folder.rglob("*") if path.is_symlink()]
         if links and not trust:
@@ -129,7 +136,7 @@ class Run:
         except BlockingIOError:
             file.seek(0)
             owner = file.read() or "just started"
-            raise UserError(f"{self} is in use by process {owner}; wait, or end it (kill lets it save first)") from None
+            raise UserError(f"{self} is locked by process {owner}; wait, or `kill` it (it saves first)") from None
         except OSError:
             print(f"the file system of {self} has no locks: make sure that no other process writes there")
         file.truncate(0)
@@ -204,12 +211,12 @@ class Run:
 
 
 def find_checkpoint(path: str) -> Path:
-    """The checkpoint file `path`, or the best one of the run folder `path` (`latest`: the newest run)."""
+    """The checkpoint file `path`, or the best one of the run folder `path` (`latest`: the newest run that has one)."""
     if os.path.isfile(file := os.path.expanduser(path)):
         return Path(file)
     run = Run.find(path)
     if path == "latest":
-        run = next((newest for newest in Run.newest(20) if newest.checkpoints()), run)
+        run = next((newest for newest in Run.newest() if newest.checkpoints()), run)
     if not (checkpoints := run.checkpoints()):
         raise MissingFileError(f"{run} has no checkpoint: the run saved nothing yet")
     return next((file for file in checkpoints if file.name == "best.ckpt"), checkpoints[0])

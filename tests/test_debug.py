@@ -191,7 +191,7 @@ def test_a_run_that_is_out_of_time_only_pauses(gptlab, tmp_path):
     assert "resume=run trainer.max_time=null" in done.stdout
 
     before = (run / "summary.json").read_bytes()
-    assert "trainer.max_time is over" in gptlab("train", "resume=run").stdout
+    assert "reached trainer.max_time" in gptlab("train", "resume=run").stdout
     assert (run / "summary.json").read_bytes() == before
 
     gptlab("train", "resume=run", "trainer.max_time=1h", f"trainer.max_steps={step + 10}")

@@ -185,7 +185,7 @@ def test_of_two_runs_that_want_one_folder_one_gets_it(tmp_path):
     errors = [process.communicate(timeout=300)[1].decode() for process in both]
     assert sorted(process.returncode for process in both) == [0, 2]
     loser = next(i for i, process in enumerate(both) if process.returncode == 2)
-    assert "in use by process" in errors[loser] or "already holds a run" in errors[loser]
+    assert "locked by process" in errors[loser] or "already holds a run" in errors[loser]
     files = [(tmp_path / "run" / name).read_text() for name in ("config.yaml", ".hydra/config.yaml")]
     assert [yaml.safe_load(text)["seed"] for text in files] == [2 - loser] * 2
     assert json.loads((tmp_path / "run/summary.json").read_text())["status"] == "finished"

@@ -85,7 +85,7 @@ def test_of_two_processes_one_gets_the_folder(tmp_path):
     )
     other = subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert other.stdout.readline() == "mine\n"
-    with pytest.raises(UserError, match=rf"in use by process {other.pid} on "):
+    with pytest.raises(UserError, match=rf"locked by process {other.pid} on "):
         run.claim(resuming=False)
     other.kill()
     other.wait()

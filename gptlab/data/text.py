@@ -54,9 +54,6 @@ class TextData(WindowData):
         **windows,
     ) -> None:
         super().__init__(**windows)
-        if (path and self.name == PYTHON_DOCS) or (val_path and (self.name == PYTHON_DOCS or url)):
-            paths = f"data.path={path or 'FILE'}{f' data.val_path={val_path}' if val_path else ''}"
-            raise UserError(f"data={self.name} has its own text and split; use yours with data=text {paths}")
         self.path, self.val_path, self.url, self.sha256 = path, val_path, url, sha256
         self.file, self.folder = file or f"{self.name}.txt", folder
         self.kind, self.vocab_size = tokenizer, vocab_size
