@@ -62,7 +62,7 @@ def _folder_name(value: Any) -> Any:
 
 
 def _file_name(value: Any) -> Any:
-    if not isinstance(value, str) or value.startswith(".") or "/" in value or not value.isprintable():
+    if not isinstance(value, str) or value[:1] in ("", ".") or "/" in value or not value.isprintable():
         raise ValueError("must be the name of a file, without a folder")
     return value
 

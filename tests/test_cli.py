@@ -144,8 +144,8 @@ def test_the_first_process_of_a_run(monkeypatch, environment, first):
         (["~model"], "model is missing"),
         (["trainer.max_time=1 h"], "trainer.max_time=1 h: must be a duration such as 90m"),
         (["data.workers=1000"], "data.workers=1000 must be <= "),
-        (["resume=latest"], "run folder latest does not exist; newest runs here: none under outputs/ and sweeps/"),
-        (["resume=nowhere"], "run folder nowhere does not exist"),
+        (["resume=latest"], "latest: no runs under"),
+        (["resume=nowhere"], "nowhere is not a run folder (no config.yaml)"),
         (["-m", "hydra.run.dir=x"], "with -m use hydra.sweep.dir=FOLDER"),
         (["hydra.nope=1"], "hydra.nope"),
     ],
@@ -273,7 +273,7 @@ def test_missing_data_are_replaced_once_and_said(monkeypatch, tmp_path):
     monkeypatch.setattr(cli, "notes", [])
     chosen = arranged("experiment=shakespeare_char", NO_NETWORK)
     assert chosen[-2:] == ["data=python_docs", "++name=python_docs"]
-    assert any("WARNING" in note and "Training on python_docs instead" in note for note in cli.notes)
+    assert any("WARNING" in note and "training on python_docs" in note for note in cli.notes)
     assert arranged("experiment=shakespeare_char", NO_NETWORK, "name=mine")[-1] == "data=python_docs"
     assert arranged("-m", "seed=1,2", "data=shakespeare_char", NO_NETWORK)[-2:] == chosen[-2:]  # for all jobs
     for kept in (["data.fallback=null"], ["data.path=mine.txt"]):

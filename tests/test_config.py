@@ -135,7 +135,7 @@ RANGES = {
     "data.name": FOLDER, "data.block_size": COUNT, "data.batch_size": COUNT, "data.micro_batch_size": OPTIONAL_COUNT,
     "data.val_windows": OPTIONAL_COUNT, "data.workers": ([None, 0, 8], [-1, HUGE, 0.5, True, "2"]),
     **dict.fromkeys(("data.path", "data.val_path", "data.url", "data.sha256", "data.folder", "data.fallback"), OPTIONAL_STRING),
-    "data.file": STRING, "data.tokenizer": (["char", "gpt2", "bpe"], ["word", "", None, True]), "data.vocab_size": ([None, *VOCAB[0]], VOCAB[1]),
+    "data.file": (["a.txt"], ["../a", "/a", ".a", "", None, 5]), "data.tokenizer": (["char", "gpt2", "bpe"], ["word", "", None, True]), "data.vocab_size": ([None, *VOCAB[0]], VOCAB[1]),
     "optim.lr": ([1e-9, 1e30], [0, -1, INF, NAN, None, True, "1"]), "optim.min_lr": AMOUNT, "optim.weight_decay": AMOUNT, "optim.grad_clip": AMOUNT,
     "optim.schedule": (["cosine", "constant"], ["linear", None, True]), "optim.warmup_steps": STEPS_OR_AUTO, "optim.decay_steps": SIZE,
     "optim.skip_nonfinite": SIZE, "optim.betas": ([[0, 0.999], [0.9, 0.0]], [[], [0.9], [0.9, 0.9, 0.9], [0.9, 1], [-0.1, 0.9], [NAN, 0.9], [0.9, "0.9"], None, 0.9]),
@@ -241,25 +241,32 @@ RULES = {
         (("train",), {"model": {"_target_": "textwrap.X", "width_": 1}}, None),
     ],
     "packages_are_installed": [
-        (("train",), {"model": {"_target_": "no_such.X"}}, "model._target_=no_such.X: no package 'no_such' here"),
-        (("train",), {"data": {"_target_": "no_such.X"}}, "data._target_=no_such.X: no package"),
-        (("train",), {"logger": {"_target_": "no_such.X"}}, "logger._target_=no_such.X: no package"),
-        (("train",), {"callbacks.mine": {"_target_": "no_such.X"}}, "callbacks.mine._target_=no_such.X: no package"),
+        (("train",), {"model": {"_target_": "no_such.X"}}, "model._target_=no_such.X: package 'no_such' not found"),
+        (("train",), {"data": {"_target_": "no_such.X"}}, "data._target_=no_such.X: package"),
+        (("train",), {"logger": {"_target_": "no_such.X"}}, "logger._target_=no_such.X: package"),
+        (("train",), {"callbacks.mine": {"_target_": "no_such.X"}}, "callbacks.mine._target_=no_such.X: package"),
         (("train",), {"callbacks.mine": {"_target_": "textwrap.X"}}, None),
+        (("train",), {"callbacks.mine": {"_target_": "gptlab.loggers.CSVTable"}}, "this class does not belong there"),
     ],
     "cpus_have_no_fp16": [
         (("train",), {"trainer.precision": "fp16"}, "trainer.precision=fp16 needs a GPU; on a CPU use 32 or bf16"),
         (("train",), {"trainer.precision": "fp16", "trainer.accelerator": "gpu"}, None),
     ],
     "each_process_has_work": [
-        (("train",), {"trainer.devices": 13}, "data.batch_size=12 must be >= the number of processes, 13"),
+        (("train",), {"trainer.num_nodes": 13}, "data.batch_size=12 must be >= the number of processes, 13"),
         (("train",), {"trainer.devices": 3, "trainer.num_nodes": 5}, "must be >= the number of processes, 15"),
         (("train",), {"trainer.devices": 4, "data.val_windows": 3}, "data.val_windows=3 must be >= the number"),
-        (("train",), {"trainer.devices": 12, "data.val_windows": 12}, None),
+        (("train",), {"trainer.devices": 4, "trainer.num_nodes": 3, "data.val_windows": 12}, None),
     ],
-    "workers_have_cores": [
+    "processes_have_cores": [
         (("train",), {"data.workers": 9}, "data.workers=9 must be <= 8, four times the 2 available cores"),
         (("train",), {"data.workers": 8}, None),
+        (("train",), {"trainer.devices": 9}, "trainer.devices=9 must be <= 8"),
+        (("train",), {"trainer.devices": 9, "trainer.accelerator": "gpu"}, None),
+    ],
+    "preparing_has_cores": [
+        (("prepare",), {"processes": 9}, "processes=9 must be <= 8"),
+        (("prepare",), {"processes": 8}, None),
     ],
     "extra_is_not_ours": [
         (("train",), {"trainer.extra": {"max_steps": 3}}, "trainer.extra.max_steps is set by gptlab; use trainer.max_steps"),
@@ -287,8 +294,8 @@ RULES = {
         (("train",), {"callbacks.profile": {"_target_": "textwrap.X", "skip_steps": "a", "steps": [1]}}, None),
     ],
     "accuracy_is_measured": [
-        (EARLY, ACCURACY, "callbacks.early_stopping.monitor=val/accuracy needs data with right answers"),
-        (SORTING, {**ACCURACY, "callbacks.exact_match": None}, "needs data with right answers"),
+        (EARLY, ACCURACY, "callbacks.early_stopping.monitor=val/accuracy requires data=addition or data=sort"),
+        (SORTING, {**ACCURACY, "callbacks.exact_match": None}, "requires data=addition or data=sort"),
         (SORTING, ACCURACY, None),
         (EARLY, {**ACCURACY, "data": {"_target_": "textwrap.X"}}, None),
     ],
@@ -346,13 +353,13 @@ def test_torchruns_processes_are_those_of_the_config(monkeypatch, started, chang
 def test_everything_is_reported_at_once():
     """Unknown keys, types, ranges and rules; a rule over a key that is wrong by itself stays silent."""
     changes = {
-        "optim.lrr": 1, "seed": "x", "model.dropout": 1, "callbacks.sample_text.top_k": 0, "trainer.devices": 20,
+        "optim.lrr": 1, "seed": "x", "model.dropout": 1, "callbacks.sample_text.top_k": 0, "trainer.num_nodes": 20,
         "model.n_head": 5, "logger.nme": 1, "optim.min_lr": -1, "nonsense": 1,
     }  # fmt: skip
     lines = wrong(("train",), changes)
     starts = ["unknown key optim.lrr", "seed=x", "model.dropout=1", "callbacks.sample_text.top_k=0", "data.batch_size=12",
               "model.n_embd=128", "unknown key logger.nme", "optim.min_lr=-1", "unknown key nonsense"]  # fmt: skip
-    assert sorted(line.startswith(start) for start in starts for line in lines).count(True) == len(lines) == len(starts)
+    assert len(lines) == len(starts) and all(any(line.startswith(start) for line in lines) for start in starts)
 
 
 def test_a_value_that_others_repeat_is_reported_once_where_it_was_given():

@@ -140,11 +140,11 @@ def test_a_full_disk_leaves_the_checkpoints_there_were(gptlab, tmp_path, finishe
 @pytest.mark.parametrize(
     ("key", "value", "said"),
     [
-        ("model.n_layer", 2, "model.n_layer is 2 in it, 3 in config.yaml"),
-        ("optim.lr", 0.5, "optim.lr is 0.5 in it, 0.001 in config.yaml"),
-        ("seed", 5, "seed is 5 in it, 1337 in config.yaml"),
-        ("data.name", "b", "data.name is b in it, python_docs in config.yaml"),
-        ("callbacks.ema", {"decay": 0.9}, "callbacks.ema.decay is 0.9 in it, None in config.yaml"),
+        ("model.n_layer", 2, "model.n_layer=2 in the checkpoint, 3 in config.yaml"),
+        ("optim.lr", 0.5, "optim.lr=0.5 in the checkpoint, 0.001 in config.yaml"),
+        ("seed", 5, "seed=5 in the checkpoint, 1337 in config.yaml"),
+        ("data.name", "b", "data.name=b in the checkpoint, python_docs in config.yaml"),
+        ("callbacks.ema", {"decay": 0.9}, "callbacks.ema.decay=0.9 in the checkpoint, None in config.yaml"),
     ],
 )
 def test_a_checkpoint_of_another_run_is_refused(stopped, key, value, said):
@@ -172,7 +172,7 @@ def test_a_checkpoint_of_an_older_gptlab_is_not_resumed(stopped):
     path = stopped / "checkpoints/last.ckpt"
     saved = {key: value for key, value in checkpoint.read(path).items() if key != "watch"}
     torch.save(saved, path)
-    with pytest.raises(UserError, match="of an older gptlab: it can be sampled from, but not resumed"):
+    with pytest.raises(UserError, match="was saved by an older gptlab; it can be sampled, not resumed"):
         resume.find_state(Run(stopped))
 
 

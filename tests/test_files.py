@@ -203,13 +203,16 @@ REPLIES = {
 }
 
 
-def test_a_download_is_kept_and_a_damaged_copy_replaced(server, tmp_path):
+def test_a_download_is_kept_and_another_file_replaced_only_on_request(server, tmp_path):
     server.reply, file = functools.partial(answer, body=TEXT), tmp_path / "cache/a.txt"
     for _ in range(2):
         assert fetch(server.url, SHA256, file) == file and file.read_bytes() == TEXT
     assert len(server.asked) == 1 and os.listdir(file.parent) == ["a.txt"]
     file.write_bytes(TEXT[:-1])
-    assert fetch(server.url, SHA256, file).read_bytes() == TEXT and len(server.asked) == 2
+    with pytest.raises(UserError, match="exists, but its SHA-256 is not"):
+        fetch(server.url, SHA256, file)
+    assert file.read_bytes() == TEXT[:-1]
+    assert fetch(server.url, SHA256, file, replace=True).read_bytes() == TEXT and len(server.asked) == 2
 
 
 @pytest.mark.parametrize("trouble", [*REPLIES, "no server", "no URL"])

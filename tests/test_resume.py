@@ -322,7 +322,7 @@ def test_a_resume_keeps_its_config():
     for key in ("optim.lr", "model", "trainer.val_every", "seed", "trainer.precision", "x", "hydra.run.dir", "~logger"):
         with pytest.raises(UserError, match=rf"cannot change {key}.*can change trainer\.max_steps,"):
             resume.check_changes([key, "trainer.max_steps"])
-    with pytest.raises(UserError, match=r"give trainer\.max_steps with it"):
+    with pytest.raises(UserError, match=r"requires trainer\.max_steps"):
         resume.check_changes(["optim.decay_steps"])
 
 
@@ -344,7 +344,7 @@ def test_what_is_finished(tmp_path, summary, limits, finished):
     before = {"max_steps": 10, "max_time": "00:00:10:00"}
     state = {"global_step": 10, "config": {"trainer": before}}
     if summary:
-        Run(tmp_path).write_summary({"steps": 10, **summary})
+        Run(tmp_path).write_summary({"steps": 10, "why": None, "best": {}, **summary})
     assert (resume.finished_summary(Run(tmp_path), state, **before | limits) is not None) == finished
     with pytest.raises(UserError, match="already reached step 10"):
         resume.finished_summary(Run(tmp_path), state, 9, None)
@@ -378,9 +378,12 @@ def test_a_resume_never_falls_back_to_another_text(gptlab, tmp_path, shakespeare
     shutil.copy(shakespeare, tmp_path / "data/shakespeare_char.txt")
     gptlab("train", "experiment=shakespeare_char", *TINY, "data.url=http://127.0.0.1:9/", "hydra.run.dir=run")
     (tmp_path / "data").rename(tmp_path / "away")
-    assert "cannot be downloaded" in gptlab("train", "resume=run", "trainer.max_steps=6", status=2).stderr
+    assert "cannot be downloaded" in gptlab("train", "resume=run", "trust=true", "trainer.max_steps=6", status=2).stderr
     (tmp_path / "away").rename(tmp_path / "data")
-    gptlab("train", "resume=run", "trainer.max_steps=6", GPTLAB_DATA="elsewhere")  # the folder was saved
+    assert (
+        "trust=true" in gptlab("train", "resume=run", "trainer.max_steps=6", status=2).stderr
+    )  # conf/ has no such url
+    gptlab("train", "resume=run", "trust=true", "trainer.max_steps=6", GPTLAB_DATA="elsewhere")  # the folder was saved
     assert Run(tmp_path / "run").read_summary()["data"]["name"] == "shakespeare_char"
 
 

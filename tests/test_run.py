@@ -59,7 +59,7 @@ def test_finding_runs(outputs):
         with pytest.raises(MissingFileError, match=r"not a run folder.*runs here: 'outputs/new \(2\)', sweeps/a/0$"):
             Run.find(name)
     os.chdir(old.folder)
-    with pytest.raises(MissingFileError, match=r"latest is not a run folder .*; newest runs here: none"):
+    with pytest.raises(MissingFileError, match=r"latest: no runs under"):
         Run.find("latest")
 
 

@@ -62,8 +62,8 @@ def test_without_a_prompt_a_newline_is_continued(gptlab, checkpoint):
         (["device=abacus"], "device=abacus: not available"),
         (["prompt=a", "prompt_file=b"], "exclude each other"),
         (["prompt_file=nowhere"], "prompt_file=nowhere: No such file"),
-        (["ckpt=nowhere"], "nowhere does not exist"),
-        (["ckpt=latest"], "newest runs here: none"),
+        (["ckpt=nowhere"], "nowhere is not a run folder"),
+        (["ckpt=latest"], "latest: no runs under"),
         (["ckpt=null"], "ckpt is missing"),
     ],
 )

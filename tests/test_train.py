@@ -150,7 +150,7 @@ def test_a_sweep_is_one_process_per_job(gptlab, tmp_path):
     assert [(c["model"]["n_layer"], c["name"]) for c in configs] == [(1, "python_docs"), (2, "python_docs")]
     assert all((sweep / job / file).exists() for job in "01" for file in ("summary.json", "checkpoints/best.ckpt"))
     assert done.stdout.count("tokens per optimizer step") == 2
-    assert done.stdout.count("Training on python_docs instead") == 1
+    assert done.stdout.count("training on python_docs") == 1
     assert not (tmp_path / "outputs").exists()
 
 
@@ -221,7 +221,8 @@ def test_local_copy_of_shakespeare(gptlab, tmp_path, shakespeare):
 def test_no_network_is_said_loudly_and_never_called_shakespeare(gptlab, tmp_path):
     """The text that is trained on instead is an override like any other, and a resume keeps to it."""
     done = gptlab("train", "experiment=shakespeare_char", *TINY, "data.url=http://127.0.0.1:9/", "hydra.run.dir=run")
-    assert "WARNING" in done.stdout and "Training on python_docs instead" in done.stdout
+    assert done.stdout.count("*** WARNING") == 2  # at the start and at the end
+    assert "WARNING" in done.stdout and "training on python_docs" in done.stdout
     run = tmp_path / "run"
     config = yaml.safe_load((run / "config.yaml").read_text())
     assert config["name"] == config["data"]["name"] == "python_docs"
@@ -229,7 +230,7 @@ def test_no_network_is_said_loudly_and_never_called_shakespeare(gptlab, tmp_path
     for name in ("metrics.jsonl", "summary.json"):
         assert "python_docs" in (run / name).read_text() and "shakespeare" not in (run / name).read_text(), name
     assert torch.load(run / "checkpoints/last.ckpt", weights_only=True)["data"]["name"] == "python_docs"
-    gptlab("train", "resume=run", "trainer.max_steps=6")  # without asking for a download
+    gptlab("train", "resume=run", "trust=true", "trainer.max_steps=6")  # without asking for a download
 
 
 def test_no_network_and_no_fallback_is_an_error(gptlab):
