@@ -127,7 +127,7 @@ def test_the_first_process_of_a_run(monkeypatch, environment, first):
         (["shakespeare_char"], "settings are KEY=VALUE; did you mean data=shakespeare_char or experiment=shakespeare_char?"),
         (["optim=5"], "Config group override must be a string or a list. Got int"),
         (["name='../x'"], "name=../x: must be the name of a folder inside outputs/"),
-        (["--max_iters=5"], "--max_iters=5; settings have no dashes: optim.lr=3e-4, not --optim.lr 3e-4; --help lists them"),
+        (["--max_iters=5"], "--max_iters=5; settings have no dashes: KEY=VALUE"),
         (["--resume", "x"], "settings have no dashes"),
         (["--multirum"], "unrecognized arguments: --multirum"),
         (["--cfg", "jbo"], "invalid choice: 'jbo' (choose from 'job', 'hydra', 'all')"),
@@ -138,7 +138,7 @@ def test_the_first_process_of_a_run(monkeypatch, environment, first):
         (["tags=[a"], "tags=[a: cannot be parsed"),
         (["logger=null"], "logger=null: choose an option; to leave logger out: '~logger'"),
         (["callbacks=null"], "'~callbacks'"),
-        (["optim.lr=1,2"], "Ambiguous value for argument 'optim.lr=1,2'"),
+        (["optim.lr=1,2"], "optim.lr=1,2: several values are a sweep; add -m"),
         (["~optim.lrr"], "Could not delete from config. 'optim.lrr' does not exist."),
         (["seed=${nope}"], "seed: Interpolation key 'nope' not found"),
         (["~model"], "model is missing"),
@@ -383,7 +383,7 @@ def test_waiting_threads_spin_briefly_unless_the_user_says_otherwise(tmp_path, g
     assert python("-c", code, cwd=tmp_path, **given).communicate()[0] == f"{spins} False\n"
 
 
-@pytest.mark.parametrize("tries", [6, pytest.param(70, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("tries", [3, pytest.param(70, marks=pytest.mark.slow)])
 def test_ctrl_c_in_the_first_seconds(tmp_path, tries):
     """At random moments after the handler is set (the start of the interpreter is Python's): at once 130, nothing printed
     but a word, and nothing left that hinders the next run. Imports swallow a KeyboardInterrupt, so one is lost without

@@ -307,6 +307,8 @@ RULES = {
         (TEXT, {"data.vocab_size": 300}, "data.vocab_size=300 needs data.tokenizer=bpe"),
         (TEXT, {"data.tokenizer": "bpe", "data.vocab_size": 300}, None),
         (OPENWEBTEXT, {"data.path": "."}, "has no train.bin and no val.bin"),
+        (("train",), {"data.path": "a.txt"}, "data=python_docs has its own text and split; use yours with data=text data.path=a.txt"),
+        (choice_with("data=shakespeare_char"), {"data.val_path": "a.txt"}, "use yours with data=text data.path=FILE data.val_path=a.txt"),
         (choice_with("data=shakespeare_char"), {}, None),  # its download is not the config's business
     ],
     "bpe_has_a_size": [

@@ -92,7 +92,6 @@ def test_characters_survive_the_ends_of_pieces(folder, monkeypatch, piece):
         (b"short text", {}, UserError, "validation split has 1 tokens"),
         (b"a" * 81, {"block_size": 80}, UserError, "training split has 72 tokens.*at least data.block_size . 1 = 81"),
         (TEXT.encode(), {"sha256": "0" * 64}, UserError, "has SHA-256 .*data=text data.path=a.txt"),
-        (TEXT.encode(), {"name": "python_docs"}, UserError, "data=text data.path="),
     ],
 )
 def test_files_that_cannot_be_used(folder, content, changes, error, reason):
@@ -167,13 +166,6 @@ def test_validation_texts_that_cannot_be_used(folder, val_texts, needed):
         char_data(path="a.txt", val_path="v*.txt")
     for part in ("data.val_path=v*.txt", "data.path=a.txt", *needed):
         assert part in str(error.value)
-
-
-@pytest.mark.parametrize("changes", [{"name": "python_docs"}, {"url": "x"}, {"name": "python_docs", "path": "a"}])
-def test_known_texts_keep_their_split(changes):
-    """Under one name, losses must be comparable."""
-    with pytest.raises(UserError, match=r"own text and split.*data=text data.path=\w+ data.val_path=v.txt"):
-        TextData(**{"seed": 1, "name": "a_text", "block_size": 8, "batch_size": 4, **changes}, val_path="v.txt")
 
 
 def test_two_characters_and_a_validation_text_as_a_whole_run(gptlab, tmp_path):

@@ -157,6 +157,7 @@ def test_early_stopping_ends_after_the_validation_that_exhausts_the_patience(ear
     assert "gptlab.sample" in shown and "resume=" not in shown
 
 
+@pytest.mark.slow
 def test_a_run_killed_twice_stops_early_all_the_same(gptlab, tmp_path, early):
     """Killed in step 7 (resumed from 6), and between the end of training and the summary: patience, averaged and raw
     weights, metrics and the end are bitwise those of the uninterrupted run."""

@@ -87,7 +87,7 @@ def points(run: Path, tag: str) -> list[tuple[int, float]]:
 @pytest.mark.parametrize(
     ("step", "settings"),
     [
-        (2, []),  # before its first checkpoint: starts again
+        pytest.param(2, [], marks=pytest.mark.slow),  # before its first checkpoint: starts again
         (5, []),  # resumes from 4: a validation, after which it was saved
         (8, ["data.workers=2"]),  # resumes from 6: a save between two logs and two validations; 8 was never validated
         pytest.param(11, [], marks=pytest.mark.slow),  # every step done, the last validation not
@@ -113,7 +113,7 @@ def test_a_killed_run_resumes_exactly(train, continue_run, tmp_path, whole, step
 @pytest.mark.parametrize(
     ("signum", "status", "step", "when"),
     [
-        (signal.SIGTERM, 143, 5, "in"),
+        pytest.param(signal.SIGTERM, 143, 5, "in", marks=pytest.mark.slow),
         (signal.SIGTERM, 143, 8, "validation"),  # in the middle of it
         (signal.SIGINT, 130, 11, "in"),  # the last step: nothing but its validation is left
         # The terminal is closed; train.log has it all.

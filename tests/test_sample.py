@@ -118,6 +118,7 @@ def test_damaged_file_is_refused(gptlab, tmp_path, checkpoint):
         assert "error: cut.ckpt" in gptlab("sample", "ckpt=cut.ckpt", status=2).stderr
 
 
+@pytest.mark.slow
 def test_sweep_over_seeds(gptlab, tmp_path, checkpoint):
     shown = gptlab("sample", "-m", f"ckpt={checkpoint}", "prompt=a", "max_new_tokens=5", "seed=1,2").stdout
     assert len([line for line in shown.splitlines() if line.startswith("a")]) == 2

@@ -85,12 +85,12 @@ def test_tensorboard_shows_scalars_config_and_hyper_parameters(gptlab, tmp_path)
     assert "val/bits_per_byte" in shown
 
 
-def test_next_commands_work_as_printed(new_process, tmp_path):
-    shown = new_process("train", *TINY).stdout
+def test_next_commands_work_as_printed(gptlab, tmp_path):
+    shown = gptlab("train", *TINY).stdout
     commands = [line.split() for line in shown.splitlines() if line.startswith("  python -m gptlab.")]
     assert [command[2] for command in commands] == ["gptlab.sample", "gptlab.train"]
     for command in commands:
-        new_process(command[2].removeprefix("gptlab."), *command[3:])
+        gptlab(command[2].removeprefix("gptlab."), *command[3:])
     (run,) = (tmp_path / "outputs/python_docs").iterdir()
     assert json.loads((run / "summary.json").read_text())["steps"] == 8
 
@@ -178,7 +178,10 @@ def test_train_returns_the_metric_that_a_sweeper_optimises(gptlab, tmp_path, mon
     assert returned == json.loads((tmp_path / "run/summary.json").read_text())["best"]["val/loss"]
 
 
-@pytest.mark.parametrize("experiment", EXPERIMENTS)
+@pytest.mark.parametrize(
+    "experiment",
+    [pytest.param(name, marks=[pytest.mark.slow] if name == "python_stdlib_bpe" else []) for name in EXPERIMENTS],
+)
 def test_every_experiment_takes_two_steps(gptlab, tmp_path, experiment):
     small = ["trainer.max_steps=2", "optim.warmup_steps=0", "data.val_windows=5", "hydra.run.dir=run"]
     if experiment.startswith("shakespeare"):

@@ -140,7 +140,7 @@ def is_running(pid: int) -> bool:
 
 
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="looks for processes there")
-@pytest.mark.parametrize("end", ["exits", "is killed"])
+@pytest.mark.parametrize("end", [pytest.param("exits", marks=pytest.mark.slow), "is killed"])
 def test_workers_that_hang_end_with_the_main_process_and_not_before(end, tmp_path):
     """A cluster's signal must leave them alone, as the run still needs batches to reach its checkpoint. Ignoring it,
     they would keep the main process from exiting, or outlive it."""
