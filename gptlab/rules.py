@@ -154,6 +154,7 @@ def data_files_exist(data: dict) -> Iterator[str]:
             if (path and docs) or (val_path and (docs or data["url"])):
                 paths = f"data.path={path or 'FILE'}{f' data.val_path={val_path}' if val_path else ''}"
                 yield f"data={data['name']} has its own text and split; use yours with data=text {paths}"
+                return
             if (data["tokenizer"] == "bpe") != (data["vocab_size"] is not None):
                 yield _vocab_size_text("data.", data, 1024)
             if data["path"] is not None or (data["url"] is None and data["name"] != files.PYTHON_DOCS):
