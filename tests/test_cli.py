@@ -261,6 +261,7 @@ def test_a_fault_in_the_program_keeps_its_traceback():
     assert cli.error_text(ValueError("a"), composing=True).startswith("a\n")
 
 
+@pytest.mark.slow
 def test_full_error_shows_the_traceback(gptlab):
     assert "Traceback" in gptlab("train", *TINY, "model.n_head=5", status=1, HYDRA_FULL_ERROR="1").stderr
 
@@ -473,6 +474,7 @@ def test_a_run_folder_gives_back_every_text(tmp_path, monkeypatch, text):
     assert config.select(new, at) == config.select(again, at) == text
 
 
+@pytest.mark.slow
 def test_a_trusted_run_builds_its_classes(gptlab, tmp_path):
     (tmp_path / "mine.py").write_text(
         "import lightning as L\nclass Said(L.Callback):\n    def on_train_start(self, *_): print('my callback')\n"

@@ -174,6 +174,7 @@ def test_a_run_killed_twice_stops_early_all_the_same(gptlab, tmp_path, early):
         torch.testing.assert_close(ours[key], theirs[key], atol=0, rtol=0)
 
 
+@pytest.mark.slow
 def test_a_run_that_is_out_of_time_only_pauses(gptlab, tmp_path):
     """Ended in the middle of an interval between logs: validated, saved and summed up; and once there is time again,
     it ends as the run that was never limited. The time counts on over resumes."""

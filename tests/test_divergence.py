@@ -122,6 +122,7 @@ def test_weights_that_blow_up(train, gptlab, tmp_path):
     assert "its weights are not finite, or huge" in gptlab("sample", "ckpt=run", status=2).stderr
 
 
+@pytest.mark.slow
 def test_all_processes_leave_out_what_is_not_finite_in_one(train, tmp_path):
     """Their weights would differ; and the command that is printed resumes without that update."""
     poison = ["+callbacks.poison._target_=disturb.Poison", "+callbacks.poison.at=3", "+callbacks.poison.rank=1"]

@@ -340,6 +340,7 @@ def test_accuracy_is_that_of_greedy_generation(tmp_path, caplog):
     assert line in caplog.messages
 
 
+@pytest.mark.slow
 def test_mistakes_are_sums_and_really_wrong(tmp_path, caplog):
     """At most `show` of them, here 4; where more may be shown than there are, all of them and nothing else."""
     data = addition(2, batch_size=128, val_windows=100)

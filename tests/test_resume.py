@@ -91,7 +91,7 @@ def points(run: Path, tag: str) -> list[tuple[int, float]]:
         (5, []),  # resumes from 4: a validation, after which it was saved
         (8, ["data.workers=2"]),  # resumes from 6: a save between two logs and two validations; 8 was never validated
         pytest.param(11, [], marks=pytest.mark.slow),  # every step done, the last validation not
-        (7, ["trainer.devices=2"]),
+        pytest.param(7, ["trainer.devices=2"], marks=pytest.mark.slow),
     ],
 )
 def test_a_killed_run_resumes_exactly(train, continue_run, tmp_path, whole, step, settings):
@@ -184,6 +184,7 @@ def test_ctrl_c_reaches_workers_and_a_pipe_too(tmp_path):
     assert f"the last checkpoint is of step {step}" in (tmp_path / "run/train.log").read_text()
 
 
+@pytest.mark.slow
 def test_a_second_ctrl_c_ends_at_once(tmp_path):
     """In the middle of a step that does not end."""
     process = start(tmp_path, "+callbacks.hang._target_=disturb.Hang", "hydra.run.dir=run")
@@ -267,6 +268,7 @@ def test_a_validation_that_is_done_again_is_logged_once(train, continue_run, tmp
         assert [step for step, _ in points(tmp_path / "run", tag)] == steps
 
 
+@pytest.mark.slow
 def test_the_last_validation_of_a_run_that_a_callback_ended(train, continue_run, tmp_path):
     train(*send(6, signal.SIGTERM, "validation"), disturb="End", status=143)
     continue_run()
@@ -407,15 +409,18 @@ def test_a_resume_does_not_ask_conf(gptlab, tmp_path):
         {"callbacks": {"progress": {"_target_": "gptlab.callbacks.progress.Progress", "x": [{"_target_": "evil.Callback"}]}}},
         {"logger": {"_target_": "evil.Callback"}},
         {"model": {"_target_": "gptlab.cli.os.system", "command": "touch executed"}},
+        {"data": {"url": "http://127.0.0.1:9/", "sha256": "0" * 64, "file": "a.txt", "folder": "."}},
+        {"data": {"url": "http://127.0.0.1:9/", "sha256": "0" * 64, "file": "../a.txt", "folder": "."}},
     ],
 )  # fmt: skip
 def test_a_run_folder_from_elsewhere_runs_no_code(gptlab, tmp_path, finished, evil):
     """Neither what Hydra would build while composing nor what the run would, however deeply it is nested."""
     shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
     (tmp_path / "evil.py").write_text("open('executed', 'w')")
-    (tmp_path / "run/config.yaml").write_text(
-        yaml.safe_dump({**Run(tmp_path / "run").read_config(), "trust": True, **evil})
-    )
+    saved = Run(tmp_path / "run").read_config()
+    if "data" in evil:  # a download, which would write where the folder says
+        evil = {"data": {**saved["data"], "name": "a", **evil["data"]}}
+    (tmp_path / "run/config.yaml").write_text(yaml.safe_dump({**saved, "trust": True, **evil}))
     done = gptlab("train", "resume=run", "trainer.max_steps=6", status=2)
     assert not (tmp_path / "executed").exists() and "Traceback" not in done.stderr
     if "hydra" not in evil:

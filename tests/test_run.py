@@ -92,6 +92,28 @@ def test_of_two_processes_one_gets_the_folder(tmp_path):
     run.claim(resuming=False)
 
 
+def test_links_in_a_run_folder_are_not_written_through(tmp_path):
+    """A run folder from elsewhere could point its lock or log at any file."""
+    (tmp_path / "precious").write_text("key")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/.lock").symlink_to(tmp_path / "precious")
+    with pytest.raises(UserError, match="symbolic link"):
+        Run(tmp_path / "run").claim(resuming=True)
+    assert (tmp_path / "precious").read_text() == "key"
+
+
+@pytest.mark.parametrize(
+    "text", ["a: &x [1]\nb: *x", "a: &x {y: *x}", "[1]", "a: [", "!!python/object/apply:os.system [ls]"]
+)
+def test_a_malicious_config_is_one_error(tmp_path, text):
+    """Aliases could nest a config a billionfold, or in itself."""
+    (tmp_path / "config.yaml").write_text(text)
+    with pytest.raises(UserError, match="cannot read"):
+        Run(tmp_path).read_config()
+    (tmp_path / "summary.json").write_text("{}")
+    assert Run(tmp_path).read_summary() is None
+
+
 @pytest.mark.parametrize("name", ["config.yaml", "metrics.jsonl", "checkpoints"])
 def test_files_of_a_user_are_not_overwritten(tmp_path, name):
     """Such as the config.yaml of another program, in a project's folder. Nothing is left there."""

@@ -100,7 +100,10 @@ class Payload:
 @pytest.mark.parametrize(
     "content",
     [b"", b"no checkpoint", {"state_dict": {}}, [1], Payload(),
-     {"state_dict": {}, "config": {"model": {"_target_": "os.system"}, "data": {"block_size": 4}}, "tokenizer": {"type": "char", "chars": "ab"}}],
+     {"state_dict": {}, "config": {"model": {"_target_": "os.system"}, "data": {"block_size": 4}}, "tokenizer": {"type": "char", "chars": "ab"}},
+     # a known class in the wrong place would be built before its sizes are compared with the weights
+     {"state_dict": {}, "data": {}, "config": {"model": {"_target_": "gptlab.model.GPT"}, "data": {"block_size": 4}},
+      "tokenizer": {"_target_": "gptlab.model.GPT", "vocab_size": 9, "block_size": 9, "n_layer": 1, "n_head": 1, "n_embd": 9}}],
 )  # fmt: skip
 def test_foreign_files_are_refused_and_never_run(gptlab, tmp_path, content):
     if isinstance(content, bytes):

@@ -167,6 +167,7 @@ def test_a_sweep_continues_after_a_job_that_fails(gptlab, tmp_path):
     assert not (sweep / "0/summary.json").exists() and (sweep / "1/summary.json").exists()
 
 
+@pytest.mark.slow
 def test_train_returns_the_metric_that_a_sweeper_optimises(gptlab, tmp_path, monkeypatch):
     """Asked of the function itself, in a process that plays the sweeper."""
     code = (
