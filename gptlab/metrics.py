@@ -8,7 +8,7 @@ from torchmetrics import Metric
 
 
 class TokenMetrics(Metric):
-    """Loss per token, perplexity and bits per byte over all counted tokens, whatever the batches and processes."""
+    """Loss per token, perplexity and bits per byte over all counted tokens, for any batch size and number of processes."""
 
     full_state_update = False
 

@@ -1,5 +1,6 @@
 """What a run says at its start and at its end, and how it can be continued."""
 
+import contextlib
 import logging
 import os
 import signal
@@ -166,7 +167,8 @@ def ended_early(error: BaseException, trainer: Any, run: Run, trust: bool) -> in
     if first:
         saved, again, more = "nothing was saved yet", "to start it again", ""
         for path in run.checkpoints()[:1]:
-            saved = f"the last checkpoint is of step {checkpoint.read(path, mmap=True)['global_step']}"
+            with contextlib.suppress(UserError):  # damaged, which the resume will say: not to hide what ended the run
+                saved = f"the last checkpoint is of step {checkpoint.read(path, mmap=True)['global_step']}"
             again = "to resume"
         if isinstance(error, Diverged):
             again, more = "to skip its update and resume", f" optim.skip_nonfinite={error.skipped}"

@@ -14,7 +14,7 @@ RESUME_MAY_CHANGE = (
     "trainer.devices", "trainer.num_nodes", "trainer.strategy", "trainer.log_every", "trainer.checkpoint_every",
     "trainer.keep_every", "data.workers", "data.micro_batch_size", "data.path", "data.val_path", "data.folder",
 )  # fmt: skip
-FOLLOWS = ("callbacks.checkpointing.every", "callbacks.checkpointing.keep_every", "data.fallback")  # from the above
+FOLLOWS = ("callbacks.checkpointing.every", "callbacks.checkpointing.keep_every")  # from the above
 OF_A_STEP = ("seed", "model.", "data.", "optim.", "trainer.", "callbacks.")  # config that decides what a run computes
 STATE = ("global_step", "config", "tokenizer", "data", "callbacks", "watch")  # the non-tensors of a checkpoint
 

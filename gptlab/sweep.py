@@ -1,6 +1,5 @@
 """The jobs of a sweep: all are checked before the first starts, and each runs in a process of its own."""
 
-import json
 import os
 import signal
 import subprocess
@@ -11,6 +10,7 @@ from typing import Any
 
 from gptlab import cli
 from gptlab.errors import JobError, UserError
+from gptlab.run import Run
 
 
 def check_flags(entry: str, overrides: list[str], resuming: bool) -> None:
@@ -80,8 +80,8 @@ def run_job(entry: str, cfg: Any) -> float | None:
         sys.exit(status if status > 0 else 128 - status)
     if status != 0:
         raise JobError(f"the job in {folder} ended with status {status}; see its messages above")
-    summary = folder / "summary.json"  # sampling leaves none
-    return json.loads(summary.read_text("utf-8"))["best"].get("val/loss") if summary.exists() else None
+    summary = Run(folder).read_summary()  # sampling leaves none
+    return summary["best"].get("val/loss") if summary else None
 
 
 def _run(command: list[str], environment: dict[str, str]) -> int:

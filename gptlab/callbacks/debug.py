@@ -37,7 +37,7 @@ class Overfit(L.Callback):
         trainer.datamodule.train_dataloader = first_step
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        pl_module.model.eval()  # no dropout, whatever the model's keys are called
+        pl_module.model.eval()  # no dropout, also in custom models
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         if trainer.global_step % pl_module.log_every == 0 or trainer.should_stop:  # train/loss is new

@@ -2,7 +2,6 @@
 
 import contextlib
 import math
-import multiprocessing
 import os
 import signal
 import sys
@@ -11,11 +10,12 @@ from collections.abc import Iterator
 from typing import Any
 
 import lightning as L
-import torch.utils.data
+import torch
 from lightning.pytorch.callbacks import Checkpoint
 from torch import distributed as dist
 
 from gptlab.callbacks.checkpointing import Checkpointing, validation_is_due
+from gptlab.data.windows import kill_workers
 
 HURRY = 3.0  # seconds after a signal; a cluster kills after 30
 BOUNCE = 1.0  # seconds within which a second Ctrl-C is not meant
@@ -62,7 +62,7 @@ class Interrupts(Checkpoint):
         try:
             yield
         except Interrupted:
-            _kill_workers()
+            kill_workers()
             raise
         finally:
             for signum, handler in before.items():
@@ -150,11 +150,3 @@ def in_a_hurry(trainer: L.Trainer) -> bool:
     """Whether a signal came so long ago that what can be left out should be."""
     interrupts = (callback for callback in trainer.callbacks if isinstance(callback, Interrupts))
     return any(time.monotonic() - callback.asked_at > HURRY for callback in interrupts)
-
-
-def _kill_workers() -> None:
-    """Workers ignore SIGTERM, with which Python would end them at exit."""
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # the loader's handler raises for each worker that dies
-    torch.utils.data._utils.python_exit_status = True  # and the loader, which may be half made, is not to clean up
-    for worker in multiprocessing.active_children():
-        worker.kill()

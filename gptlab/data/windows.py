@@ -243,7 +243,7 @@ class WindowData(L.LightningDataModule):
 
     def _loader(self, dataset: Dataset, sampler: Any) -> DataLoader:
         if self.workers:
-            atexit.register(_kill_workers)
+            atexit.register(kill_workers)  # else multiprocessing would wait for a worker that hangs, forever
         return TimedLoader(
             dataset,
             sampler=sampler,
@@ -269,9 +269,10 @@ def _end_with_parent(parent: int) -> None:
     os._exit(1)
 
 
-def _kill_workers() -> None:
-    """At exit, when everything is saved: else multiprocessing would wait for a worker that hangs, forever."""
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would complain
+def kill_workers() -> None:
+    """When everything is saved and the process ends. Workers ignore SIGTERM, with which Python would end them."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # the loader's handler raises for each worker that dies
+    torch.utils.data._utils.python_exit_status = True  # and the loader, which may be half made, is not to clean up
     for child in multiprocessing.active_children():
         if child.daemon:
             child.kill()
