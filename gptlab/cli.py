@@ -22,7 +22,7 @@ from typing import Any
 
 from hydra.experimental.callback import Callback
 
-from gptlab import config, resume, targets
+from gptlab import config, jobs, resume, targets
 from gptlab.config import did_you_mean
 from gptlab.errors import JobError, UserError
 from gptlab.run import Run, is_first_process
@@ -31,6 +31,9 @@ from gptlab.terminal import printable
 DATA_PATHS = ("data.path", "data.val_path", "data.folder")
 # Free text: taken word for word, except in sweeps, where Hydra's grammar rules.
 TEXT_KEYS = ("prompt", "prompt_file", "ckpt", "resume", *DATA_PATHS, "path", "out", "hub_split", "callbacks.sample_text.prompt")  # fmt: skip
+# Short names on the command line of a sweep.
+SWEEP_KEYS = {"n_jobs": "hydra.launcher.n_jobs", "n_trials": "hydra.sweeper.n_trials",
+              "metric": "hydra.sweeper.metric", "at": "hydra.sweeper.at"}  # fmt: skip
 FULL_ERROR = os.environ.get("HYDRA_FULL_ERROR") == "1"
 
 _claimed: Run | None = None  # the run folder of this process
@@ -49,6 +52,7 @@ def main(task: Callable[[Any], float | None], entry: str) -> None:
     from gptlab import sweep
 
     register_resolvers()
+    sys.path.append(str(Path(__file__).parent / "plugins"))  # where Hydra looks for hydra_plugins
     composed = False
 
     def job(cfg: Any) -> float | None:
@@ -63,12 +67,18 @@ def main(task: Callable[[Any], float | None], entry: str) -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors arrive here as they are; Hydra prints none itself
     with errors_as_text(lambda: not composed):
         sys.argv[1:] = prepare_overrides(sys.argv[1:], entry)
-        hydra.main(version_base="1.3", config_path=str(config.CONF), config_name=entry)(job)()
+        try:
+            hydra.main(version_base="1.3", config_path=str(config.CONF), config_name=entry)(job)()
+        finally:
+            failed = sweep.conclude()
+        if failed:
+            sys.exit(1)
 
 
 def prepare_process() -> None:
-    """Make streams, arguments and threads behave, before torch is imported."""
+    """Make streams, arguments, threads and the end of a sweep's process behave, before torch is imported."""
     global _started
+    jobs.end_with_parent()
     for descriptor in (0, 1, 2):  # daemons and cron may close them
         try:
             os.fstat(descriptor)
@@ -183,14 +193,20 @@ def prepare_overrides(argv: list[str], entry: str) -> list[str]:
     parser = get_args_parser()
     parser.error = _refuse_flags
     parsed = parser.parse_intermixed_args(argv)
-    flags = [argument for argument in argv if argument not in parsed.overrides]
+    resumed_sweep = sweep.find(parsed.overrides) if entry == "train" else None
+    preset = any(override.startswith("sweep=") for override in parsed.overrides)
+    multirun = parsed.multirun or preset or resumed_sweep is not None
     groups = {path.name for folder in (config.CONF, Path(parsed.config_dir or config.CONF)) if folder.is_dir()
               for path in folder.iterdir() if path.is_dir()}  # fmt: skip
-    overrides = [_prepare_override(override, groups, as_text=not parsed.multirun) for override in parsed.overrides]
-    if not parsed.multirun and (several := [o for o in overrides if is_sweep(o)]):
+    given = [override for override in parsed.overrides if not (resumed_sweep and override.startswith("resume="))]
+    overrides = [_prepare_override(override, groups, multirun) for override in given]
+    if not multirun and (several := [o for o in overrides if is_sweep(o)]):
         raise UserError(f"{several[0].lstrip('+')}: several values are a sweep; add -m (a list is written [a,b])")
+    if resumed_sweep:
+        return sweep.replay(resumed_sweep, overrides)
+    flags = ["-m"] * multirun + flags_of(argv)
     resuming = any(override.startswith("++resume=") for override in overrides)
-    if parsed.multirun:
+    if multirun:
         sweep.check_flags(entry, overrides, resuming)
     is_ddp_child = any("train_ddp_process_" in override for override in overrides)  # Lightning names the folder itself
     if resuming and not is_ddp_child and any(override.startswith("hydra.run.dir=") for override in overrides):
@@ -206,9 +222,17 @@ def prepare_overrides(argv: list[str], entry: str) -> list[str]:
             overrides.append(f"hardware={detect_hardware()}")
         if is_first_process():
             overrides += fallback_overrides(overrides, parsed.config_dir)
-        if parsed.multirun and notes:
+        if multirun and notes:
             print("\n".join(notes))
     return flags + overrides
+
+
+def flags_of(argv: list[str]) -> list[str]:
+    """The flags among the arguments, with their values, but for -m."""
+    from hydra._internal.utils import get_args_parser
+
+    overrides = get_args_parser().parse_intermixed_args(argv).overrides
+    return [argument for argument in argv if argument not in ("-m", "--multirun", *overrides)]
 
 
 def is_sweep(override: str) -> bool:
@@ -225,8 +249,12 @@ def _refuse_flags(message: str) -> None:
     raise UserError(f"{message}; settings have no dashes: KEY=VALUE, not --KEY VALUE; --help lists them")
 
 
-def _prepare_override(override: str, groups: set[str], as_text: bool) -> str:
+def _prepare_override(override: str, groups: set[str], multirun: bool) -> str:
     key, is_setting, value = override.partition("=")
+    if key in SWEEP_KEYS:
+        if not multirun:
+            raise UserError(f"{override}: only a sweep has {key}; add -m")
+        return f"{SWEEP_KEYS[key]}={value}"
     if key in ("callbacks", "logger") and value == "null":
         raise UserError(f"{override}: choose an option; to leave {key} out: '~{key}'")
     if not is_setting or key.startswith(("++", "~", "hydra")) or key in groups or not re.fullmatch(r"\+?[\w.]+", key):
@@ -234,7 +262,7 @@ def _prepare_override(override: str, groups: set[str], as_text: bool) -> str:
     key = key.removeprefix("+")
     if key == "resume" and value not in ("", "null"):
         value = str(Run.find(value).folder)  # latest, ~, relative paths
-    return f"++{key}={quote(value) if as_text and key in TEXT_KEYS else value}"
+    return f"++{key}={quote(value) if key in TEXT_KEYS and not multirun else value}"
 
 
 def quote(text: str) -> str:
@@ -306,7 +334,7 @@ def _stop_before_training(signum: int, _: Any) -> None:
 
 
 class Gatekeeper(Callback):
-    """Before Hydra makes any folder: the config is checked, of every job in a sweep, and a run claims its folder."""
+    """Before Hydra makes any folder: the config is checked, and a run claims its folder."""
 
     def on_run_start(self, config: Any, **_: Any) -> None:
         global _claimed, _config
@@ -317,12 +345,6 @@ class Gatekeeper(Callback):
                 for signum in (signal.SIGINT, signal.SIGTERM):
                     signal.signal(signum, _stop_before_training)
                 _claimed.claim(resuming=_config.resume is not None, trust=_config.trust)
-
-    def on_multirun_start(self, config: Any, **_: Any) -> None:
-        from gptlab import sweep
-
-        with errors_as_text():
-            sweep.check_jobs(config)
 
 
 def load_config(cfg: Any, entry: str, overrides: list[str]) -> Any:

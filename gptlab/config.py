@@ -163,6 +163,7 @@ class Trainer(Node):
     num_nodes: Count
     strategy: Str
     precision: Annotated[Literal["auto", "32", "bf16", "fp16"], BeforeValidator(_string)]
+    threads: Literal["auto"] | Count = "auto"  # runs of an older gptlab have none
     extra: dict[str, Any]
 
 

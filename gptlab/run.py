@@ -113,7 +113,7 @@ class Run:
             if not resuming:
                 self._check_unused()  # before the lock, so that nothing is left in somebody's folder
                 self._is_new = not self.folder.exists()
-            self._lock()
+            self.lock()
             if not resuming:
                 self._check_unused()  # again: another process may have been faster
         except OSError as error:
@@ -127,8 +127,9 @@ class Run:
                 "hydra.run.dir (hydra.sweep.dir with -m)"
             )
 
-    def _lock(self) -> None:
-        """The kernel releases it when the process ends; workers, which can outlive a killed process, do not inherit it."""
+    def lock(self) -> None:
+        """Reserve the folder. The kernel releases it when the process ends; workers, which can outlive a killed process, do
+        not inherit it. Raises UserError if another process has it."""
         self.folder.mkdir(parents=True, exist_ok=True)
         file = open(self.folder / LOCK, "a+", encoding="utf-8")  # noqa: SIM115  (closing it would release the lock)
         try:
@@ -143,6 +144,11 @@ class Run:
         file.write(f"{os.getpid()} on {platform.node()}")
         file.flush()
         _locks.append(file)
+
+    def wait_until_unlocked(self) -> None:
+        """Until no process writes there any more: a job of a sweep that was killed still saves."""
+        with contextlib.suppress(OSError), open(self.folder / LOCK, "a", encoding="utf-8") as file:
+            fcntl.lockf(file, fcntl.LOCK_EX)
 
     def discard(self) -> None:
         """Remove the folder if `claim` made it and the run was refused or stopped before it began."""

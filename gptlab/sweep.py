@@ -1,51 +1,211 @@
-"""The jobs of a sweep: all are checked before the first starts, and each runs in a process of its own."""
+"""A sweep: which jobs it has, what became of them, and what a resume does.
 
+    command line -> Grid or Optuna (plugins/) -> place(): compose, check, identify -> sweep.json -> launcher -> jobs.run()
+
+sweep.json is written before the first job starts. A job is identified by a hash of its config, so that
+`optim.lr=0.003` and `3e-3` are one job, and keeps its number for good. Launchers only start processes: whether a job
+starts or resumes follows from its folder, on a cluster as here.
+"""
+
+import hashlib
+import json
 import os
-import signal
+import re
 import subprocess
 import sys
-import threading
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from gptlab import cli
-from gptlab.errors import JobError, UserError
-from gptlab.run import Run
+from pydantic import Field, ValidationError
+
+from gptlab import cli, config, jobs, resume, targets
+from gptlab.errors import JobError, MissingFileError, UserError
+from gptlab.run import Run, is_first_process, write_json
+
+INDEX = "sweep.json"
+HARMLESS = (*cli.SWEEP_KEYS.values(), "hydra/launcher", "hydra/sweeper")  # what sweep.json may say to Hydra without trust
+Metric = Literal["val/loss", "val/perplexity", "val/bits_per_byte", "val/accuracy"]
+
+current: "Sweep | None" = None  # the one that this process runs
+
+
+class Job(config.Node):
+    folder: Annotated[str, Field(pattern=r"^\d{1,9}$")]  # inside the sweep's
+    id: str
+    values: dict[str, Any]  # of the swept keys
+    overrides: list[str]
+    threads: int | None
+
+
+class Sweep(config.Node):
+    """A sweep folder, and what its sweep.json holds."""
+
+    overrides: list[str]  # of the whole sweep
+    flags: list[str]  # such as --config-dir
+    varied: list[str]  # the swept keys
+    changes: list[str] = []  # overrides that resumes have brought, for every job
+    metric: Metric | None = None  # None: chosen by the data
+    at: Literal["last", "best"] = "last"
+    cores_per_job: int | None = None
+    jobs: list[Job] = []
+    folder: Annotated[Path, Field(exclude=True)] = Path()
+    trust: Annotated[bool | None, Field(exclude=True)] = None  # the user's, on a resume; None: a new sweep
+
+    @classmethod
+    def read(cls, folder: Path) -> "Sweep":
+        """Raises UserError if sweep.json is missing or damaged."""
+        try:
+            sweep = cls.model_validate_json((folder / INDEX).read_bytes())
+        except FileNotFoundError:
+            raise MissingFileError(f"{folder} is not a sweep folder (no {INDEX})") from None
+        except (OSError, ValidationError) as error:
+            raise UserError(f"cannot read {folder / INDEX}; restore it: {str(error)[:300]}") from None
+        return sweep.model_copy(update={"folder": folder})
+
+    def write(self) -> None:
+        """Raises UserError if another process runs this sweep."""
+        if not (self.folder / INDEX).exists():
+            Run(self.folder).lock()
+        write_json(self.folder / INDEX, self.model_dump())
+
+    def state(self, job: Job) -> str:
+        """waiting, interrupted, failed, finished or pruned, as far as its folder tells."""
+        folder = self.folder / job.folder
+        if summary := Run(folder).read_summary():
+            return "pruned" if summary["ended"] == "pruned" else "finished"
+        if (folder / jobs.ERROR).exists():
+            return "failed"
+        return "interrupted" if (folder / "config.yaml").exists() else "waiting"
+
+    def is_done(self, job: Job) -> bool:
+        """Whether nothing is left to do, also with the limits that a resume has changed."""
+        if self.state(job) not in ("finished", "pruned"):
+            return False
+        run = Run(self.folder / job.folder)
+        ended = f"trainer.{run.read_summary()['ended']}"
+        limits = [change.partition("=")[2] for change in self.changes if key_of(change) == ended]
+        return not limits or limits[-1] == str(config.select(run.read_config(), ended))
+
+    def resume_command(self) -> str:
+        trust = self.foreign_overrides() or any("_target_" in text for job in self.jobs for text in job.overrides)
+        return f"python -m gptlab.train resume={Run(self.folder)}" + " trust=true" * bool(trust)
+
+    def foreign_overrides(self) -> list[str]:
+        """What could reach beyond gptlab's own conf/."""
+
+        def is_foreign(override: str) -> bool:
+            key, _, value = override.lstrip("+~").partition("=")
+            if key.startswith("hydra"):
+                return key not in HARMLESS or not re.fullmatch(r"[\w/.-]*", value) or ".." in value
+            is_option = "." not in key  # or a plain key at the top
+            return key in ("resume", "trust") or "@" in key or (is_option and bool(re.search(r"\.\.|(^|\W)/", value)))
+
+        texts = [*self.overrides, *self.changes, *(text for job in self.jobs for text in job.overrides)]
+        return self.flags + [text for text in texts if is_foreign(text)]
+
+    def first_cores(self) -> int | None:
+        """Threads of all processes of the first job that has started."""
+        for job in self.jobs:
+            if (self.folder / job.folder / "config.yaml").exists():
+                trainer = Run(self.folder / job.folder).read_config()["trainer"]
+                return trainer["threads"] * trainer["devices"]
+        return None
+
+    def place(self, combinations: Sequence[Sequence[str]], compose: Callable[[list[str]], Any]) -> list[Job]:
+        """The jobs of these combinations of overrides, known or with the next free numbers; written to sweep.json.
+
+        Raises:
+            UserError: some of the configs are wrong, need trust, or are not what they were when the sweep began.
+        """
+        known = {tuple(job.overrides): job for job in self.jobs}
+        unfinished = [list(c) for c in combinations if not (tuple(c) in known and self.is_done(known[tuple(c)]))]
+        configs = check_all([[*overrides, *self.changes] for overrides in unfinished], compose)
+        for overrides, cfg in zip(unfinished, configs, strict=True):
+            targets.require_trust(self.folder / INDEX, config.foreign_parts(cfg.model_dump()), self.trust is not False)
+            values = self._values(overrides, cfg)
+            job_id = identity(cfg, values)
+            job = known.get(tuple(overrides)) or next((job for job in self.jobs if job.id == job_id), None)
+            if job is None:
+                number = max((int(job.folder) for job in self.jobs), default=-1) + 1
+                job = Job(folder=str(number), id=job_id, values=values, overrides=overrides, threads=self._threads(cfg))
+                self.jobs.append(job)
+            elif job.id != job_id and not (self.folder / job.folder / "config.yaml").exists():
+                raise UserError(
+                    f"job {job.folder} of {self.folder} composes to another config than when the sweep began: conf/ or "
+                    "gptlab has changed; restore it, or start a new sweep"
+                )
+            known[tuple(overrides)] = job
+        self.write()
+        return list({job.folder: job for c in combinations for job in [known[tuple(c)]]}.values())
+
+    def _values(self, overrides: list[str], cfg: config.Train) -> dict[str, Any]:
+        """The swept keys with their values; for a group such as model, its option."""
+        saved, values = cfg.model_dump(), {}
+        for override in overrides:
+            if (key := key_of(override)) in self.varied:
+                value = config.select(saved, key)
+                is_option = isinstance(value, dict | None) or key in ("resume",)
+                values[key] = override.partition("=")[2] if is_option else value
+        return values
+
+    def _threads(self, cfg: config.Train) -> int | None:
+        """Of each process: the bits of a run depend on it, so that all jobs of a sweep share the first one's answer."""
+        if cfg.trainer.threads != "auto" or self.cores_per_job is None:
+            return None
+        return max(1, self.cores_per_job // cfg.trainer.devices)
+
+    def job_overrides(self, job: Job) -> list[str]:
+        """What a launcher gets."""
+        machine = [f"++trainer.threads={job.threads}"] * bool(job.threads) + ["++trust=true"] * bool(self.trust)
+        return [*job.overrides, *self.changes, *machine, f"hydra.sweep.subdir={job.folder}"]
+
+    def goal(self, job: Job) -> float | None:
+        """What a search minimizes; None if the job has not finished."""
+        summary = Run(self.folder / job.folder).read_summary()
+        value = summary and summary[self.at].get(self.metric or "val/loss")
+        return -value if value is not None and self.metric == "val/accuracy" else value
+
+
+def key_of(override: str) -> str:
+    return override.partition("=")[0].lstrip("+~")
+
+
+def identity(cfg: config.Train, values: dict[str, Any]) -> str:
+    """Hash of a config, but for what a resume may change, unless it is swept."""
+    free = {*resume.RESUME_MAY_CHANGE, *resume.FOLLOWS, "resume", "trust"} - values.keys()
+    kept = {key: value for key, value in resume.leaf_values(cfg.model_dump()) if key not in free}
+    options = {key: value for key, value in values.items() if key not in kept}
+    return hashlib.sha256(json.dumps([kept, options], sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 def check_flags(entry: str, overrides: list[str], resuming: bool) -> None:
+    """Raises UserError for what a sweep cannot be combined with."""
     if entry == "prepare":
         raise UserError("-m: data are prepared one folder at a time")
     if resuming:
-        raise UserError("resume continues one run and cannot be combined with a sweep (-m)")
-    if any(override.startswith("hydra.run.dir=") for override in overrides):
-        raise UserError("hydra.run.dir is the folder of a single run; with -m use hydra.sweep.dir=FOLDER")
+        raise UserError("resume continues one run and cannot be combined with a sweep (-m); resume=SWEEP resumes a sweep")
+    for key, instead in (("run.dir", "with -m use hydra.sweep.dir=FOLDER"), ("sweep.subdir", "jobs are numbered")):
+        if any(override.startswith(f"hydra.{key}=") for override in overrides):
+            raise UserError(f"hydra.{key} is not the user's to set in a sweep; {instead}")
+    if not is_first_process() or os.environ.get("WORLD_SIZE", "1") != "1":
+        raise UserError("a sweep is one process, which starts those of its jobs; leave out torchrun or srun")
     other = Path.cwd() / "gptlab/__init__.py"
     if other.exists() and other.resolve().parent != Path(__file__).resolve().parent:
         raise UserError(f"{other.parent} is another package named gptlab, which the jobs would import; run elsewhere")
 
 
-def check_jobs(master: Any) -> None:
-    """Raises UserError if any job of a sweep is wrong; the text lists all of them."""
-    from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
-    from hydra.core.global_hydra import GlobalHydra
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-
-    loader = GlobalHydra.instance().config_loader()
-    if not master.hydra.sweeper._target_.endswith(".BasicSweeper"):
-        return  # chooses its jobs as it goes; each is checked when it starts
-    params = [f"{key}={value}" for key, value in (master.hydra.sweeper.params or {}).items()]
-    overrides = OverridesParser.create(config_loader=loader).parse_overrides([*params, *master.hydra.overrides.task])
-    (jobs,) = BasicSweeper.split_arguments(overrides, max_batch_size=None)
-    wrong: dict[str, list[str]] = {}  # problems -> jobs
+def check_all(jobs: Sequence[list[str]], compose: Callable[[list[str]], Any]) -> list[Any]:
+    """The config of each job; raises UserError if any is wrong, with a text that lists all of them."""
+    configs, wrong = [], {}  # problem -> jobs
     for number, job in enumerate(jobs):
         try:
-            cli.load_config(loader.load_sweep_config(master, job), master.hydra.job.config_name, job)
+            configs.append(compose(job))
         except Exception as error:
             varied = [given.lstrip("+") for i, given in enumerate(job) if len({other[i] for other in jobs}) > 1]
             wrong.setdefault(cli.error_text(error, composing=True), []).append(f"job {number} ({', '.join(varied)})")
     if not wrong:
-        return
+        return configs
     bad = sum(map(len, wrong.values()))
     if len(wrong) == 1 and bad == len(jobs):
         raise UserError(next(iter(wrong)))
@@ -53,52 +213,144 @@ def check_jobs(master: Any) -> None:
     raise UserError(f"{bad} of {len(jobs)} jobs cannot run, so none was started\n" + "\n".join(texts))
 
 
+def begin(folder: Path, overrides: list[str], varied: list[str], *, metric: Any, at: Any, n_jobs: int) -> Sweep:
+    """A new sweep, or the one that `replay` has read. Raises UserError if the folder holds one already, or metric or at are
+    wrong."""
+    global current
+    from gptlab.data.files import available_cores
+
+    if current is None and (folder / INDEX).exists():
+        raise UserError(f"{Run(folder)} already holds a sweep; continue it with resume={Run(folder)}")
+    values = {"flags": cli.flags_of(sys.argv[1:]), "varied": varied, "folder": folder}
+    if n_jobs > 1:
+        values["cores_per_job"] = max(1, available_cores() // n_jobs)
+    if current is not None:
+        values = {**dict(current), "cores_per_job": current.cores_per_job or current.first_cores()}
+    try:
+        current = Sweep.model_validate({**values, "overrides": overrides, "metric": metric, "at": at})
+    except ValidationError as error:
+        (problem, *_) = error.errors()
+        raise UserError(f"{problem['loc'][0]}={problem['input']}: {problem['msg']}".replace("Input should", "must")) from None
+    return current
+
+
+def find(arguments: list[str]) -> Path | None:
+    """The sweep folder that `resume=` names; for `latest`, the one of the newest run, if that is a job."""
+    for value in [argument.partition("=")[2] for argument in arguments if argument.startswith("resume=")]:
+        folder = Path(value).expanduser()
+        if value == "latest" and (newest := Run.newest()):
+            folder = newest[0].folder.parent
+        if (folder / INDEX).is_file():
+            return folder
+    return None
+
+
+def replay(folder: Path, given: list[str]) -> list[str]:
+    """The command line of a sweep that is resumed: that of its start, with the changes that are `given` now.
+
+    Raises:
+        UserError: another process runs it, sweep.json is damaged or needs trust, or a key cannot be changed.
+    """
+    global current
+    Run(folder).lock()
+    sweep, values = Sweep.read(folder), {key_of(override): override.partition("=")[2] for override in given}
+    sweep.trust = values.pop("trust", "").lower() == "true"
+    targets.require_trust(folder / INDEX, sweep.foreign_overrides(), sweep.trust)
+    overrides = {key_of(override): override for override in sweep.overrides}
+    changes = {key_of(change): change for change in sweep.changes}
+    refused = []
+    for key, value in values.items():
+        if key == "hardware" and key not in sweep.varied:
+            key = "trainer.accelerator"
+        if key.startswith(("hydra.launcher", "hydra.sweeper", "hydra/")):
+            overrides[key] = f"{key}={value}"
+        elif key in sweep.varied:
+            overrides[key] = _with_values(overrides[key], f"{key}={value}")
+        elif key in resume.RESUME_MAY_CHANGE:
+            changes[key] = f"++{key}={value}"
+        else:
+            refused.append(key)
+    if refused:
+        raise UserError(
+            f"a resumed sweep keeps its config; cannot change {', '.join(refused)}; can add values of "
+            f"{', '.join(sweep.varied)}, and change {', '.join(resume.RESUME_MAY_CHANGE)}; for anything else start a new sweep"
+        )
+    sweep.changes = list(changes.values())
+    current = sweep
+    return ["-m", *sweep.flags, *overrides.values(), f"hydra.sweep.dir={cli.quote(str(folder))}"]
+
+
+def _with_values(swept: str, added: str) -> str:
+    """`seed=1,2` with `seed=2,3` is `seed=1,2,3`."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    values = {}
+    for override in OverridesParser.create().parse_overrides([swept, added]):
+        is_list = override.is_sweep_override() and override.is_discrete_sweep()
+        values |= dict.fromkeys(override.sweep_string_iterator() if is_list else [override.get_value_element_as_str()])
+    return f"{swept.partition('=')[0]}={','.join(values)}"
+
+
+def process(entry: str, overrides: Sequence[str], folder: Path) -> jobs.Process:
+    """A job as a process, started as a user would start it, or resumed if there is a run in the folder already."""
+    sweep = Sweep.read(folder.parent) if (folder.parent / INDEX).exists() else None
+    job = next((job for job in sweep.jobs if job.folder == folder.name), None) if sweep else None
+    flags = sweep.flags if sweep else cli.flags_of(sys.argv[1:])
+    command = [sys.executable, *subprocess._args_from_interpreter_flags(), "-m", f"gptlab.{entry}"]
+    if (folder / "config.yaml").exists():
+        trust = [override for override in overrides if key_of(override) == "trust"]
+        command += [f"resume={folder}", *(sweep.changes if sweep else []), *trust]
+    else:
+        own = [override for override in overrides if not override.startswith("hydra.")]
+        command += [*flags, *own, "hydra.mode=RUN", f"hydra.run.dir={cli.quote(str(folder))}"]
+    values = " ".join(f"{key}={value}" for key, value in job.values.items()) if job else " ".join(overrides)
+    return jobs.Process(folder, command, f"job {folder.name} ({values})")
+
+
+def run_jobs(entry: str, given: Sequence[tuple[Sequence[str], Path]], n_jobs: int) -> None:
+    """Run jobs, (overrides, folder) each, as processes of this machine.
+
+    Raises:
+        SystemExit: stopped by a signal.
+        JobError: a job that leaves no run folder has failed; those of a sweep of runs leave their status there.
+    """
+    processes = [process(entry, overrides, folder) for overrides, folder in given]
+    if entry != "train":  # their output is what the user wants to see
+        if failed := [job for job in processes if subprocess.run(job.command).returncode]:
+            raise JobError(f"{len(failed)} of {len(processes)} jobs failed; see above")
+        return
+    done = len(current.jobs) - len(processes) if current else 0
+    if signum := jobs.run(processes, n_jobs, done=done, on_change=_update_results):
+        sys.exit(128 + signum)
+
+
+def _update_results(running: set[str]) -> None:
+    from gptlab import results
+
+    if current:
+        results.update(current, running, picture=False)
+
+
 def run_job(entry: str, cfg: Any) -> float | None:
-    """Run one job of a sweep in a process of its own; its metric is read from the run folder."""
-    from hydra._internal.utils import get_args_parser
+    """Run one job for another launcher, which calls this on the machine it has chosen."""
     from hydra.core.hydra_config import HydraConfig
-    from omegaconf import OmegaConf
 
     hydra_config = HydraConfig.get()
     folder = Path(hydra_config.runtime.output_dir)
-    parsed = get_args_parser().parse_args(sys.argv[1:])
-    flags = [flag for flag in sys.argv[1:] if flag not in ("-m", "--multirun", *parsed.overrides)]
-    overrides = []
-    for override in hydra_config.overrides.task:
-        key = override.partition("=")[0].lstrip("+")
-        is_text = key in cli.TEXT_KEYS  # as plain text again: the job quotes it
-        text = OmegaConf.select(cfg, key) if is_text else None
-        overrides.append(f"{key}={'null' if text is None else text}" if is_text else override)
-    command = [sys.executable, "-m", f"gptlab.{entry}", *flags, *overrides, f"hydra.run.dir={cli.quote(str(folder))}"]
-    ranks = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "NODE_RANK", "GROUP_RANK", "LOCAL_WORLD_SIZE", "PL_GLOBAL_SEED")
-    environment = {key: value for key, value in os.environ.items() if key not in (*ranks, "HYDRA_FULL_ERROR")}
-    if cli.FULL_ERROR:
-        environment["HYDRA_FULL_ERROR"] = "1"
-    status = _run(command, environment)
-    if status in (129, 130, 143, -signal.SIGHUP, -signal.SIGINT, -signal.SIGTERM):
-        print(f"sweep stopped; no job after {folder} was started", file=sys.stderr)
-        sys.exit(status if status > 0 else 128 - status)
-    if status != 0:
-        raise JobError(f"the job in {folder} ended with status {status}; see its messages above")
-    summary = Run(folder).read_summary()  # sampling leaves none
+    run_jobs(entry, [(hydra_config.overrides.task, folder)], n_jobs=1)
+    summary = Run(folder).read_summary()
     return summary["best"].get("val/loss") if summary else None
 
 
-def _run(command: list[str], environment: dict[str, str]) -> int:
-    """The exit status of a job in a session of its own; it gets each signal once, from here, and time to save."""
-    process, early = None, []
+def conclude() -> int:
+    """Write and show the results of this process's sweep, and say how to continue; the number of jobs that failed."""
+    from gptlab import results
 
-    def forward(signum: int, _: Any) -> None:
-        process.send_signal(signum) if process else early.append(signum)
-
-    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
-    on_main_thread = threading.current_thread() is threading.main_thread()  # only there can signals be handled
-    before = {signum: signal.signal(signum, forward) for signum in signals} if on_main_thread else {}
-    try:
-        process = subprocess.Popen(command, env=environment, start_new_session=True)
-        for signum in early:
-            process.send_signal(signum)
-        return process.wait()
-    finally:
-        for signum, handler in before.items():
-            signal.signal(signum, handler)
+    if current is None or not (current.folder / INDEX).exists():
+        return 0
+    print(f"\n{results.update(current, set(), picture=True)}\n\nresults: {Run(current.folder)}/results.md")
+    states = [current.state(job) for job in current.jobs]
+    left = len(states) - states.count("finished") - states.count("pruned")
+    if left:
+        print(f"\n{left} of {len(states)} jobs are not finished; to resume:\n  {current.resume_command()}")
+    return states.count("failed")

@@ -93,6 +93,13 @@ def resolve_autos(cfg: config.Train) -> None:
         cfg.data["workers"] = 2 if cuda else 0  # on a Mac, each would get a copy of the data
     elif workers > (cores := available_cores()):
         cli.notes.append(f"WARNING: data.workers={workers} is more than the {cores} available cores")
+    if t.threads == "auto":
+        share = 1 if "OMP_NUM_THREADS" in os.environ else t.devices
+        t.threads = max(1, torch.get_num_threads() // share)
+    if t.threads != torch.get_num_threads():
+        torch.set_num_threads(t.threads)
+    if t.devices > 1:
+        os.environ["OMP_NUM_THREADS"] = str(t.threads)  # or Lightning would choose, for this process and its children
     if note := cli.busy_note(torch.get_num_threads()):
         cli.notes.append(note)
 

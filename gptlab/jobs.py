@@ -1,0 +1,236 @@
+"""The processes of a sweep: started, shown, stopped.
+
+Each is a session of its own, which gets a signal once, from here, and has time to save. This process waits in a plain
+loop, without threads. Where it is killed, the kernel ends the jobs as SIGTERM would, and they save (`end_with_parent`).
+"""
+
+import contextlib
+import ctypes
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from gptlab.run import Run
+from gptlab.terminal import printable
+
+LOG = "job.log"  # in the folder of a job: all that it prints
+ERROR = "error.txt"  # why it failed
+PARENT = "GPTLAB_SWEEP_PROCESS"  # environment variable of a job
+POLL, REFRESH = 0.05, 0.5  # seconds
+STOPS = (129, 130, 143, -signal.SIGHUP, -signal.SIGINT, -signal.SIGTERM)  # exit status of a job that was asked to end
+# A job is no part of the distributed run, or of the SLURM step, that this process may belong to.
+RANKS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "NODE_RANK", "GROUP_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT",
+         "PL_GLOBAL_SEED", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_NODEID", "SLURM_JOB_NAME")  # fmt: skip
+
+
+@dataclass
+class Process:
+    """A job's process, and how far its run is."""
+
+    folder: Path
+    command: list[str]
+    label: str
+    process: Any = None
+    started: float = 0.0
+    step: int = 0
+    max_steps: int | None = None
+    losses: dict[str, float] = field(default_factory=dict)
+    _first: tuple[int, float] | None = None  # step and time of the first look
+    _log_start: int = 0
+
+    def start(self, environment: dict[str, str]) -> None:
+        run = Run(self.folder)
+        run.wait_until_unlocked()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / ERROR).unlink(missing_ok=True)
+        # A link in a folder from elsewhere is not followed.
+        log = os.open(self.folder / LOG, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o666)
+        self._log_start = os.fstat(log).st_size
+        try:
+            streams = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log}
+            self.process = subprocess.Popen(self.command, env=environment, start_new_session=True, **streams)
+        finally:
+            os.close(log)
+        self.started = time.monotonic()
+
+    def look(self) -> None:
+        """Read step and loss from the run folder."""
+        if self.max_steps is None and (self.folder / "run.json").exists():
+            self.max_steps = Run(self.folder).read_config()["trainer"]["max_steps"]
+        for entry in _last_entries(self.folder / "metrics.jsonl"):
+            self.step = entry["step"]
+            self.losses |= {name: value for name, value in entry.items() if name.endswith("/loss") and value is not None}
+        if self._first is None and self.losses:
+            self._first = (self.step, time.monotonic())
+
+    def seconds_left(self) -> float | None:
+        if self._first is None or self.max_steps is None or self.step <= self._first[0]:
+            return None
+        return (self.max_steps - self.step) * (time.monotonic() - self._first[1]) / (self.step - self._first[0])
+
+    def describe(self) -> str:
+        if not self.max_steps:
+            return f"{self.label}: starting"
+        losses = "".join(f", {name} {self.losses[name]:.4f}" for name in ("train/loss", "val/loss") if name in self.losses)
+        left = self.seconds_left()
+        end = "" if left is None else f", {_duration(left)} left"
+        return f"{self.label}: step {self.step:,} of {self.max_steps:,}{losses}{end}"
+
+    def conclude(self, status: int) -> str:
+        """What became of it, in words; the reason of a failure is written to error.txt."""
+        summary = Run(self.folder).read_summary()
+        if status == 0 and summary:
+            self.look()
+            return f"{summary['ended'] if summary['ended'] != 'max_steps' else 'finished'} at step {summary['steps']:,}"
+        if status in STOPS:
+            return "interrupted"
+        reason = _reason((self.folder / LOG).read_bytes()[self._log_start :], status)
+        (self.folder / ERROR).write_text(reason + "\n", "utf-8")
+        return f"FAILED: {reason}; see {Run(self.folder)}/{LOG}"
+
+
+def run(
+    jobs: list[Process], n_jobs: int, *, done: int = 0, on_change: Callable[[set[str]], None] = lambda running: None
+) -> int | None:
+    """Run them all, `n_jobs` at a time, after `done` others; `on_change` gets the folders of those that run now.
+
+    Returns:
+        The signal that ended this early, or None.
+    """
+    environment = {key: value for key, value in os.environ.items() if key not in (*RANKS, "HYDRA_FULL_ERROR")}
+    environment[PARENT] = str(os.getpid())
+    waiting, live, screen = list(jobs), [], Screen(len(jobs) + done, done)
+    with forwarding(live) as signals:
+        while live or (waiting and not signals):
+            while waiting and len(live) < n_jobs and not signals:
+                job = waiting.pop(0)
+                job.start(environment)
+                live.append(job)
+                screen.started(job)
+                on_change({other.folder.name for other in live})
+            for job in [job for job in live if job.process.poll() is not None]:
+                live.remove(job)
+                screen.ended(job, job.conclude(job.process.returncode))
+                on_change({other.folder.name for other in live})
+            screen.refresh(live, len(waiting), n_jobs)
+            time.sleep(POLL)
+    return signals[-1] if signals else None
+
+
+@contextlib.contextmanager
+def forwarding(live: list[Process]) -> Iterator[list[int]]:
+    """While inside, signals go to the jobs; yields the list of those that came."""
+    signals: list[int] = []
+
+    def forward(signum: int, _: Any) -> None:
+        signals.append(signum)
+        if signum == signal.SIGHUP:  # the terminal is gone: what writes to it would fail
+            for stream in (1, 2):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
+        for job in live:
+            job.process.send_signal(signum)
+
+    handled = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, *([signal.SIGUSR1] if "SLURM_JOB_ID" in os.environ else []))
+    before = {signum: signal.signal(signum, forward) for signum in handled}
+    try:
+        yield signals
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+
+
+class Screen:
+    """A line per running job and one for the sweep, on a terminal updated in place; elsewhere a line when a job starts
+    and one when it ends."""
+
+    def __init__(self, total: int, done: int) -> None:
+        self.total, self.done = total, done
+        self._in_place, self._height, self._next = sys.stdout.isatty(), 0, 0.0
+        self._seconds: list[float] = []  # of the jobs that have ended
+
+    def started(self, job: Process) -> None:
+        if not self._in_place:
+            self._print(f"{job.label}: started")
+
+    def ended(self, job: Process, how: str) -> None:
+        self.done += 1
+        self._seconds.append(time.monotonic() - job.started)
+        loss = f", val/loss {job.losses['val/loss']:.4f}" if "val/loss" in job.losses else ""
+        self._print(f"{job.label}: {how}{loss}, {_duration(self._seconds[-1])}")
+
+    def _print(self, text: str) -> None:
+        print(("\x1b[J" if self._in_place else "") + printable(text), flush=True)  # over the lines of `refresh`
+
+    def refresh(self, live: list[Process], waiting: int, n_jobs: int) -> None:
+        if not self._in_place or time.monotonic() < self._next or not live:
+            return
+        self._next = time.monotonic() + REFRESH
+        for job in live:
+            job.look()
+        left = self.seconds_left(live, waiting, n_jobs)
+        end = "" if left is None else f", {_duration(left)} left"
+        lines = [*(job.describe() for job in live), f"{self.done} of {self.total} jobs done{end}"]
+        width = shutil.get_terminal_size().columns - 1
+        # The cursor returns to the first line, so that whatever is printed next takes its place.
+        print("\x1b[J" + "\n".join(printable(line)[:width] for line in lines) + f"\x1b[{len(lines) - 1}F", end="", flush=True)
+
+    def seconds_left(self, live: list[Process], waiting: int, n_jobs: int) -> float | None:
+        """Of the whole sweep; None while there is nothing to judge by."""
+        running = [left for job in live if (left := job.seconds_left()) is not None]
+        totals = self._seconds + [left + time.monotonic() - job.started for job in live if (left := job.seconds_left()) is not None]
+        if not totals or len(running) < len(live):
+            return None
+        return max(max(running), (sum(running) + waiting * sum(totals) / len(totals)) / n_jobs)
+
+
+def _duration(seconds: float) -> str:
+    return str(timedelta(seconds=round(seconds)))
+
+
+def _last_entries(path: Path) -> list[dict[str, Any]]:
+    """The whole lines among the last 4 kB of metrics.jsonl."""
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        with open(path, "rb") as file:
+            file.seek(max(0, path.stat().st_size - 4096))
+            lines = file.read().split(b"\n")[1:-1]
+        return [json.loads(line) for line in lines]
+    return []
+
+
+def _reason(log: bytes, status: int) -> str:
+    """Why a job failed, in one line."""
+    if status < 0:
+        return f"killed by {signal.Signals(-status).name}" + (" (out of memory?)" if status == -signal.SIGKILL else "")
+    lines = [line.strip() for line in log.decode("utf-8", "replace").splitlines() if line.strip()]
+    errors = [line for line in lines if line.lower().startswith("error: ")]
+    return (errors or lines or [f"status {status}"])[-1].removeprefix("error: ").removeprefix("ERROR: ")[:500]
+
+
+_parent: int | None = None
+
+
+def end_with_parent() -> None:
+    """In a job: when the process of the sweep dies, get SIGTERM, and save."""
+    global _parent
+    if (value := os.environ.pop(PARENT, None)) is None:
+        return
+    _parent = int(value)
+    if sys.platform == "linux":
+        PR_SET_PDEATHSIG = 1
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    if orphaned():
+        os._exit(128 + signal.SIGTERM)
+
+
+def orphaned() -> bool:
+    """Whether the process of the sweep has died; for systems whose kernel does not say so."""
+    return _parent is not None and os.getppid() != _parent
