@@ -8,7 +8,7 @@ that class (`NODES`), any other class is custom and takes what it takes. Conditi
 
 import difflib
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -48,11 +48,14 @@ def _duration(value: Any) -> Any:
     return value
 
 
-def _steps_or_auto(value: Any) -> Any:
-    value = _integral(value)
-    if value != "auto" and (not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 2**31):
-        raise ValueError("must be an integer >= 0, or auto")
-    return value
+def _or_auto(least: int) -> Callable[[Any], Any]:
+    def check(value: Any) -> Any:
+        value = _integral(value)
+        if value != "auto" and (not isinstance(value, int) or isinstance(value, bool) or not least <= value < 2**31):
+            raise ValueError(f"must be an integer >= {least}, or auto")
+        return value
+
+    return check
 
 
 def _folder_name(value: Any) -> Any:
@@ -78,7 +81,8 @@ Str = Annotated[str, BeforeValidator(_string)]
 FolderName = Annotated[Str, BeforeValidator(_folder_name)]
 
 
-WarmupSteps = Annotated[Any, BeforeValidator(_steps_or_auto)]
+WarmupSteps = Annotated[Any, BeforeValidator(_or_auto(0))]
+Threads = Annotated[Any, BeforeValidator(_or_auto(1))]
 
 
 class Node(BaseModel):
@@ -163,7 +167,7 @@ class Trainer(Node):
     num_nodes: Count
     strategy: Str
     precision: Annotated[Literal["auto", "32", "bf16", "fp16"], BeforeValidator(_string)]
-    threads: Literal["auto"] | Count = "auto"  # runs of an older gptlab have none
+    threads: Threads = "auto"  # runs of an older gptlab have none
     extra: dict[str, Any]
 
 

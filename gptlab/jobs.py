@@ -40,6 +40,7 @@ class Process:
     command: list[str]
     label: str
     process: Any = None
+    gpus: dict[str, str] = field(default_factory=dict)  # environment variables
     started: float = 0.0
     step: int = 0
     max_steps: int | None = None
@@ -68,7 +69,9 @@ class Process:
             self.max_steps = Run(self.folder).read_config()["trainer"]["max_steps"]
         for entry in _last_entries(self.folder / "metrics.jsonl"):
             self.step = entry["step"]
-            self.losses |= {name: value for name, value in entry.items() if name.endswith("/loss") and value is not None}
+            self.losses |= {
+                name: value for name, value in entry.items() if name.endswith("/loss") and value is not None
+            }
         if self._first is None and self.losses:
             self._first = (self.step, time.monotonic())
 
@@ -80,7 +83,9 @@ class Process:
     def describe(self) -> str:
         if not self.max_steps:
             return f"{self.label}: starting"
-        losses = "".join(f", {name} {self.losses[name]:.4f}" for name in ("train/loss", "val/loss") if name in self.losses)
+        losses = "".join(
+            f", {name} {self.losses[name]:.4f}" for name in ("train/loss", "val/loss") if name in self.losses
+        )
         left = self.seconds_left()
         end = "" if left is None else f", {_duration(left)} left"
         return f"{self.label}: step {self.step:,} of {self.max_steps:,}{losses}{end}"
@@ -109,21 +114,34 @@ def run(
     environment = {key: value for key, value in os.environ.items() if key not in (*RANKS, "HYDRA_FULL_ERROR")}
     environment[PARENT] = str(os.getpid())
     waiting, live, screen = list(jobs), [], Screen(len(jobs) + done, done)
+    shares = list(gpu_shares(n_jobs))
     with forwarding(live) as signals:
         while live or (waiting and not signals):
             while waiting and len(live) < n_jobs and not signals:
                 job = waiting.pop(0)
-                job.start(environment)
+                job.start(environment | shares[0])
+                job.gpus = shares.pop(0)
                 live.append(job)
                 screen.started(job)
                 on_change({other.folder.name for other in live})
             for job in [job for job in live if job.process.poll() is not None]:
                 live.remove(job)
+                shares.append(job.gpus)
                 screen.ended(job, job.conclude(job.process.returncode))
                 on_change({other.folder.name for other in live})
             screen.refresh(live, len(waiting), n_jobs)
             time.sleep(POLL)
     return signals[-1] if signals else None
+
+
+def gpu_shares(n_jobs: int) -> Iterator[dict[str, str]]:
+    """Environment variables that deal out the NVIDIA GPUs among so many jobs at a time."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    found = sorted(Path("/proc/driver/nvidia/gpus").glob("*"))
+    gpus = visible.split(",") if visible else [str(number) for number in range(len(found))]
+    for slot in range(n_jobs):
+        share = gpus[slot::n_jobs] or gpus[slot % len(gpus) :][:1] if gpus else []
+        yield {"CUDA_VISIBLE_DEVICES": ",".join(share)} if len(gpus) > 1 else {}
 
 
 @contextlib.contextmanager
@@ -136,10 +154,19 @@ def forwarding(live: list[Process]) -> Iterator[list[int]]:
         if signum == signal.SIGHUP:  # the terminal is gone: what writes to it would fail
             for stream in (1, 2):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
+        if live and signals == [signum]:
+            with contextlib.suppress(OSError):
+                start = b"\r\x1b[J" if os.isatty(1) else b""  # over the echo of ^C and the lines of `Screen`
+                os.write(1, start + b"stopping: the running jobs save first; Ctrl-C again stops at once\n")
         for job in live:
             job.process.send_signal(signum)
 
-    handled = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, *([signal.SIGUSR1] if "SLURM_JOB_ID" in os.environ else []))
+    handled = (
+        signal.SIGINT,
+        signal.SIGTERM,
+        signal.SIGHUP,
+        *([signal.SIGUSR1] if "SLURM_JOB_ID" in os.environ else []),
+    )
     before = {signum: signal.signal(signum, forward) for signum in handled}
     try:
         yield signals
@@ -181,12 +208,18 @@ class Screen:
         lines = [*(job.describe() for job in live), f"{self.done} of {self.total} jobs done{end}"]
         width = shutil.get_terminal_size().columns - 1
         # The cursor returns to the first line, so that whatever is printed next takes its place.
-        print("\x1b[J" + "\n".join(printable(line)[:width] for line in lines) + f"\x1b[{len(lines) - 1}F", end="", flush=True)
+        print(
+            "\x1b[J" + "\n".join(printable(line)[:width] for line in lines) + f"\x1b[{len(lines) - 1}F",
+            end="",
+            flush=True,
+        )
 
     def seconds_left(self, live: list[Process], waiting: int, n_jobs: int) -> float | None:
         """Of the whole sweep; None while there is nothing to judge by."""
         running = [left for job in live if (left := job.seconds_left()) is not None]
-        totals = self._seconds + [left + time.monotonic() - job.started for job in live if (left := job.seconds_left()) is not None]
+        totals = self._seconds + [
+            left + time.monotonic() - job.started for job in live if (left := job.seconds_left()) is not None
+        ]
         if not totals or len(running) < len(live):
             return None
         return max(max(running), (sum(running) + waiting * sum(totals) / len(totals)) / n_jobs)

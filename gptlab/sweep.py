@@ -24,10 +24,15 @@ from gptlab.errors import JobError, MissingFileError, UserError
 from gptlab.run import Run, is_first_process, write_json
 
 INDEX = "sweep.json"
-HARMLESS = (*cli.SWEEP_KEYS.values(), "hydra/launcher", "hydra/sweeper")  # what sweep.json may say to Hydra without trust
+HARMLESS = (
+    *cli.SWEEP_KEYS.values(),
+    "hydra/launcher",
+    "hydra/sweeper",
+)  # what sweep.json may say to Hydra without trust
 Metric = Literal["val/loss", "val/perplexity", "val/bits_per_byte", "val/accuracy"]
 
-current: "Sweep | None" = None  # the one that this process runs
+replayed: "Sweep | None" = None  # the one that this command line resumes
+current: "Sweep | None" = None  # the one that this process runs, once all its jobs are known to be right
 
 
 class Job(config.Node):
@@ -44,11 +49,11 @@ class Sweep(config.Node):
     overrides: list[str]  # of the whole sweep
     flags: list[str]  # such as --config-dir
     varied: list[str]  # the swept keys
-    changes: list[str] = []  # overrides that resumes have brought, for every job
+    changes: list[str] = Field([])  # overrides that resumes have brought, for every job
     metric: Metric | None = None  # None: chosen by the data
     at: Literal["last", "best"] = "last"
     cores_per_job: int | None = None
-    jobs: list[Job] = []
+    jobs: list[Job] = Field([])
     folder: Annotated[Path, Field(exclude=True)] = Path()
     trust: Annotated[bool | None, Field(exclude=True)] = None  # the user's, on a resume; None: a new sweep
 
@@ -65,9 +70,11 @@ class Sweep(config.Node):
 
     def write(self) -> None:
         """Raises UserError if another process runs this sweep."""
+        global current
         if not (self.folder / INDEX).exists():
             Run(self.folder).lock()
         write_json(self.folder / INDEX, self.model_dump())
+        current = self
 
     def state(self, job: Job) -> str:
         """waiting, interrupted, failed, finished or pruned, as far as its folder tells."""
@@ -184,7 +191,9 @@ def check_flags(entry: str, overrides: list[str], resuming: bool) -> None:
     if entry == "prepare":
         raise UserError("-m: data are prepared one folder at a time")
     if resuming:
-        raise UserError("resume continues one run and cannot be combined with a sweep (-m); resume=SWEEP resumes a sweep")
+        raise UserError(
+            "resume continues one run and cannot be combined with a sweep (-m); resume=SWEEP resumes a sweep"
+        )
     for key, instead in (("run.dir", "with -m use hydra.sweep.dir=FOLDER"), ("sweep.subdir", "jobs are numbered")):
         if any(override.startswith(f"hydra.{key}=") for override in overrides):
             raise UserError(f"hydra.{key} is not the user's to set in a sweep; {instead}")
@@ -216,22 +225,22 @@ def check_all(jobs: Sequence[list[str]], compose: Callable[[list[str]], Any]) ->
 def begin(folder: Path, overrides: list[str], varied: list[str], *, metric: Any, at: Any, n_jobs: int) -> Sweep:
     """A new sweep, or the one that `replay` has read. Raises UserError if the folder holds one already, or metric or at are
     wrong."""
-    global current
     from gptlab.data.files import available_cores
 
-    if current is None and (folder / INDEX).exists():
+    if replayed is None and (folder / INDEX).exists():
         raise UserError(f"{Run(folder)} already holds a sweep; continue it with resume={Run(folder)}")
     values = {"flags": cli.flags_of(sys.argv[1:]), "varied": varied, "folder": folder}
     if n_jobs > 1:
         values["cores_per_job"] = max(1, available_cores() // n_jobs)
-    if current is not None:
-        values = {**dict(current), "cores_per_job": current.cores_per_job or current.first_cores()}
+    if replayed is not None:
+        values = {**dict(replayed), "cores_per_job": replayed.cores_per_job or replayed.first_cores()}
     try:
-        current = Sweep.model_validate({**values, "overrides": overrides, "metric": metric, "at": at})
+        return Sweep.model_validate({**values, "overrides": overrides, "metric": metric, "at": at})
     except ValidationError as error:
         (problem, *_) = error.errors()
-        raise UserError(f"{problem['loc'][0]}={problem['input']}: {problem['msg']}".replace("Input should", "must")) from None
-    return current
+        raise UserError(
+            f"{problem['loc'][0]}={problem['input']}: {problem['msg']}".replace("Input should", "must")
+        ) from None
 
 
 def find(arguments: list[str]) -> Path | None:
@@ -251,7 +260,7 @@ def replay(folder: Path, given: list[str]) -> list[str]:
     Raises:
         UserError: another process runs it, sweep.json is damaged or needs trust, or a key cannot be changed.
     """
-    global current
+    global replayed
     Run(folder).lock()
     sweep, values = Sweep.read(folder), {key_of(override): override.partition("=")[2] for override in given}
     sweep.trust = values.pop("trust", "").lower() == "true"
@@ -276,7 +285,7 @@ def replay(folder: Path, given: list[str]) -> list[str]:
             f"{', '.join(sweep.varied)}, and change {', '.join(resume.RESUME_MAY_CHANGE)}; for anything else start a new sweep"
         )
     sweep.changes = list(changes.values())
-    current = sweep
+    replayed = sweep
     return ["-m", *sweep.flags, *overrides.values(), f"hydra.sweep.dir={cli.quote(str(folder))}"]
 
 
@@ -346,11 +355,9 @@ def conclude() -> int:
     """Write and show the results of this process's sweep, and say how to continue; the number of jobs that failed."""
     from gptlab import results
 
-    if current is None or not (current.folder / INDEX).exists():
+    if current is None:
         return 0
     print(f"\n{results.update(current, set(), picture=True)}\n\nresults: {Run(current.folder)}/results.md")
-    states = [current.state(job) for job in current.jobs]
-    left = len(states) - states.count("finished") - states.count("pruned")
-    if left:
-        print(f"\n{left} of {len(states)} jobs are not finished; to resume:\n  {current.resume_command()}")
-    return states.count("failed")
+    if left := [job for job in current.jobs if not current.is_done(job)]:
+        print(f"\n{len(left)} of {len(current.jobs)} jobs are not finished; to resume:\n  {current.resume_command()}")
+    return len([job for job in left if current.state(job) == "failed"])

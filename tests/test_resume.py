@@ -198,18 +198,6 @@ def test_a_second_ctrl_c_ends_at_once(tmp_path):
     assert "interrupted\nat step 5; the last checkpoint is of step 3" in said
 
 
-def test_a_sweep_that_is_stopped_lets_its_job_save(tmp_path):
-    """Python's own way of waiting kills a child a quarter of a second after Ctrl-C. No further job is started."""
-    sweep = start(tmp_path, "-m", "seed=1,2", "hydra.sweep.dir=sweep")
-    wait_for(lambda: (tmp_path / "sweep/0/checkpoints/last.ckpt").exists())
-    sweep.send_signal(signal.SIGINT)
-    said, errors = sweep.communicate(timeout=60)
-    assert sweep.returncode == 130 and "Traceback" not in errors and "sweep stopped" in errors
-    step = torch.load(tmp_path / "sweep/0/checkpoints/last.ckpt", weights_only=True)["global_step"]
-    assert f"the last checkpoint is of step {step}" in said and "resume=sweep/0" in said
-    assert not (tmp_path / "sweep/1").exists()
-
-
 @pytest.mark.parametrize(("step", "when"), [pytest.param(5, "in", marks=pytest.mark.slow), (8, "validation")])
 def test_processes_that_are_apart_stop_together(train, continue_run, tmp_path, whole, step, when):
     """Only the second process gets the signal, and the first is two seconds late: both stop after the same step, and

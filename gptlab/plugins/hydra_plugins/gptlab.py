@@ -78,7 +78,11 @@ class Grid(Sweeper):
     def begin(self) -> Any:
         from gptlab import sweep
 
-        hydra = [given for given in self.config.hydra.overrides.hydra if sweep.key_of(given) not in ("hydra.mode", "hydra.sweep.dir")]
+        hydra = [
+            given
+            for given in self.config.hydra.overrides.hydra
+            if sweep.key_of(given) not in ("hydra.mode", "hydra.sweep.dir")
+        ]
         return sweep.begin(
             Path(self.config.hydra.sweep.dir),
             [*(given.input_line for given in self.overrides), *hydra],
