@@ -19,6 +19,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+from gptlab.errors import UserError
 from gptlab.run import Run
 from gptlab.terminal import printable
 
@@ -49,18 +50,19 @@ class Process:
     _log_start: int = 0
 
     def start(self, environment: dict[str, str]) -> None:
-        run = Run(self.folder)
-        run.wait_until_unlocked()
-        self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / ERROR).unlink(missing_ok=True)
-        # A link in a folder from elsewhere is not followed.
-        log = os.open(self.folder / LOG, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o666)
-        self._log_start = os.fstat(log).st_size
+        """Raises UserError if nothing can be written there."""
+        Run(self.folder).wait_until_unlocked()
         try:
-            streams = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log}
+            self.folder.mkdir(parents=True, exist_ok=True)
+            (self.folder / ERROR).unlink(missing_ok=True)
+            # A link in a folder from elsewhere is not followed.
+            log = os.open(self.folder / LOG, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o666)
+        except OSError as error:
+            raise UserError(f"cannot write to {error.filename} ({error.strerror})") from None
+        self._log_start = os.fstat(log).st_size
+        with os.fdopen(log, "a") as file:
+            streams = {"stdin": subprocess.DEVNULL, "stdout": file, "stderr": file}
             self.process = subprocess.Popen(self.command, env=environment, start_new_session=True, **streams)
-        finally:
-            os.close(log)
         self.started = time.monotonic()
 
     def look(self) -> None:
@@ -68,7 +70,7 @@ class Process:
         if self.max_steps is None and (self.folder / "run.json").exists():
             self.max_steps = Run(self.folder).read_config()["trainer"]["max_steps"]
         for entry in _last_entries(self.folder / "metrics.jsonl"):
-            self.step = entry["step"]
+            self.step = entry.get("step", self.step)
             self.losses |= {
                 name: value for name, value in entry.items() if name.endswith("/loss") and value is not None
             }
@@ -231,11 +233,11 @@ def _duration(seconds: float) -> str:
 
 def _last_entries(path: Path) -> list[dict[str, Any]]:
     """The whole lines among the last 4 kB of metrics.jsonl."""
-    with contextlib.suppress(OSError, ValueError, KeyError):
+    with contextlib.suppress(OSError, ValueError):
         with open(path, "rb") as file:
             file.seek(max(0, path.stat().st_size - 4096))
             lines = file.read().split(b"\n")[1:-1]
-        return [json.loads(line) for line in lines]
+        return [entry for line in lines if isinstance(entry := json.loads(line), dict)]
     return []
 
 

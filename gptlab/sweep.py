@@ -284,6 +284,7 @@ def replay(folder: Path, given: list[str]) -> list[str]:
             f"a resumed sweep keeps its config; cannot change {', '.join(refused)}; can add values of "
             f"{', '.join(sweep.varied)}, and change {', '.join(resume.RESUME_MAY_CHANGE)}; for anything else start a new sweep"
         )
+    resume.check_changes([key_of(change) for change in changes.values()])
     sweep.changes = list(changes.values())
     replayed = sweep
     return ["-m", *sweep.flags, *overrides.values(), f"hydra.sweep.dir={cli.quote(str(folder))}"]

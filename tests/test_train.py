@@ -163,7 +163,11 @@ def test_a_sweep_continues_after_a_job_that_fails(gptlab, tmp_path):
     done = gptlab("train", "-m", *TINY, *text, "data.path=bad.txt,good.txt", status=1)
     (sweep,) = (tmp_path / "sweeps/text").iterdir()
     said = "bad.txt is not UTF-8 text"
-    assert said in done.stdout and said in (sweep / "0/error.txt").read_text() and said in (sweep / "results.csv").read_text()
+    assert (
+        said in done.stdout
+        and said in (sweep / "0/error.txt").read_text()
+        and said in (sweep / "results.csv").read_text()
+    )
     assert "Traceback" not in (sweep / "0/job.log").read_text()
     assert not (sweep / "0/summary.json").exists() and (sweep / "1/summary.json").exists()
 
