@@ -79,6 +79,7 @@ Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Str = Annotated[str, BeforeValidator(_string)]
 FolderName = Annotated[Str, BeforeValidator(_folder_name)]
+Monitor = Literal["val/loss", "val/perplexity", "val/bits_per_byte", "val/accuracy"]
 
 
 WarmupSteps = Annotated[Any, BeforeValidator(_or_auto(0))]
@@ -179,7 +180,7 @@ class SampleText(Node):
 
 
 class EarlyStopping(Node):
-    monitor: Literal["val/loss", "val/perplexity", "val/bits_per_byte", "val/accuracy"]
+    monitor: Monitor
     patience: Count
     min_delta: Amount
 
@@ -212,6 +213,7 @@ NODES = {
     "gptlab.callbacks.throughput.Throughput": _node("Throughput"),
     "gptlab.callbacks.checkpointing.Checkpointing": _node("Checkpointing", every=Count, keep_every=Count | None),
     "gptlab.callbacks.early_stopping.EarlyStopping": EarlyStopping,
+    "gptlab.callbacks.pruning.MedianPruning": _node("MedianPruning", monitor=Monitor, startup=Count),
     "gptlab.callbacks.ema.EMA": _node("EMA", decay=Fraction),
     "gptlab.callbacks.debug.Overfit": _node("Overfit", target=Amount),
     "gptlab.callbacks.debug.Profile": _node("Profile", skip_steps=Size, steps=Count, rows=Count),

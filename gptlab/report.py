@@ -60,7 +60,7 @@ def summarize(run: Run, trainer: Any, module: Any, data: Any, seconds: float) ->
     return {
         "status": "finished",
         "steps": trainer.global_step,
-        "ended": ended,  # max_steps | early_stopping | max_time | callback
+        "ended": ended,  # max_steps | early_stopping | pruned | max_time | callback
         "why": why,
         "best": module.best,
         "last": module.validated,
@@ -76,10 +76,12 @@ def _ending(trainer: Any) -> tuple[str, str | None]:
     from lightning.pytorch.callbacks import Timer
 
     from gptlab.callbacks.early_stopping import EarlyStopping
+    from gptlab.callbacks.pruning import MedianPruning
 
-    for callback in trainer.callbacks:
-        if isinstance(callback, EarlyStopping) and callback.why:
-            return "early_stopping", callback.why
+    for kind, ended in ((EarlyStopping, "early_stopping"), (MedianPruning, "pruned")):
+        for callback in trainer.callbacks:
+            if isinstance(callback, kind) and callback.why:
+                return ended, callback.why
     if trainer.global_step >= trainer.max_steps:
         return "max_steps", None
     timer = next(callback for callback in trainer.callbacks if isinstance(callback, Timer))

@@ -132,13 +132,14 @@ def profile_fits(profile: dict | None, max_steps: int, resume: str | None) -> It
             yield f"callbacks.profile needs {needed} steps; add trainer.max_steps={needed}"
 
 
-@rule("callbacks.early_stopping", "callbacks.exact_match", "data._target_")
-def accuracy_is_measured(early_stopping: dict | None, exact_match: dict | None, target: str) -> Iterator[str]:
+@rule("callbacks.early_stopping", "callbacks.median_pruning", "callbacks.exact_match", "data._target_")
+def accuracy_is_measured(
+    early_stopping: dict | None, median_pruning: dict | None, exact_match: dict | None, target: str
+) -> Iterator[str]:
     measured = target.startswith("gptlab.data.problems.") and exact_match
-    if early_stopping and early_stopping.get("monitor") == "val/accuracy" and target in NODES and not measured:
-        yield (
-            "callbacks.early_stopping.monitor=val/accuracy requires data=addition or data=sort, and callbacks.exact_match"
-        )
+    for name, callback in (("early_stopping", early_stopping), ("median_pruning", median_pruning)):
+        if callback and callback.get("monitor") == "val/accuracy" and target in NODES and not measured:
+            yield f"callbacks.{name}.monitor=val/accuracy requires data=addition or data=sort, and callbacks.exact_match"
 
 
 @rule("data")

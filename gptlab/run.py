@@ -265,8 +265,11 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The log events in metrics.jsonl, without a last line that a kill has cut; raises UserError if it is damaged."""
     lines = path.read_bytes().splitlines(keepends=True)[1:]
     try:
-        return [json.loads(line) for line in lines if line.endswith(b"\n")]
-    except ValueError as error:
+        entries = [json.loads(line) for line in lines if line.endswith(b"\n")]
+        if not all(isinstance(entry, dict) and isinstance(entry.get("step"), int) for entry in entries):
+            raise ValueError("a line without a step")
+        return entries
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is damaged ({error}); repair it, or move it away to resume without it") from None
 
 

@@ -160,6 +160,10 @@ OTHERS = {
         "callbacks.early_stopping.monitor": (["val/loss", "val/perplexity", "val/bits_per_byte", "val/accuracy"], ["loss", None, True]),
         "callbacks.early_stopping.patience": COUNT, "callbacks.early_stopping.min_delta": AMOUNT,
     },
+    "callbacks=[default,median_pruning]": {
+        "callbacks.median_pruning.monitor": (["val/loss", "val/perplexity", "val/bits_per_byte", "val/accuracy"], ["loss", None, True]),
+        "callbacks.median_pruning.startup": COUNT,
+    },
     "debug=overfit": {"callbacks.overfit.target": AMOUNT},
     "debug=profile": {"callbacks.profile.skip_steps": SIZE, "callbacks.profile.steps": COUNT, "callbacks.profile.rows": COUNT},
     "logger=wandb": {
@@ -228,6 +232,7 @@ def test_durations_are_ones_that_lightning_takes():
 
 TEXT, OPENWEBTEXT, PROFILE = choice_with("data=text"), choice_with("data=openwebtext"), choice_with("debug=profile")
 EARLY = ("train", "callbacks=[default,early_stopping]")
+PRUNED = ("train", "callbacks=[default,median_pruning]")
 SORTING = ("train", "data=sort", "callbacks=[default,early_stopping]")
 ACCURACY = {"callbacks.early_stopping.monitor": "val/accuracy"}
 # Per rule: entry and choices, changes, what is said (None: nothing).
@@ -299,6 +304,7 @@ RULES = {
         (SORTING, {**ACCURACY, "callbacks.exact_match": None}, "requires data=addition or data=sort"),
         (SORTING, ACCURACY, None),
         (EARLY, {**ACCURACY, "data": {"_target_": "textwrap.X"}}, None),
+        (PRUNED, {"callbacks.median_pruning.monitor": "val/accuracy"}, "callbacks.median_pruning.monitor=val/accuracy requires"),
     ],
     "data_files_exist": [
         (TEXT, {"data.path": None}, "data.path is missing; give a file"),
