@@ -31,7 +31,9 @@ def write_run(
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text(yaml.safe_dump(json.loads(json.dumps(values)), sort_keys=False))
     data = {"name": values["data"]["name"], "sha256": sha256}
-    (folder / "run.json").write_text(json.dumps({"data": data, "vocabulary_sha256": vocabulary, "tags": values["tags"]}))
+    (folder / "run.json").write_text(
+        json.dumps({"data": data, "vocabulary_sha256": vocabulary, "tags": values["tags"]})
+    )
     steps = values["trainer"]["max_steps"]
     end = loss if isinstance(loss, float) and math.isfinite(loss) else 9.0
     lines = [{"step": 0, "data": data}]
@@ -40,6 +42,7 @@ def write_run(
     if error:
         (folder / "error.txt").write_text(error)
     if ended:
+
         def of(value):
             return {"step": steps, "val/loss": value, "val/bits_per_byte": value and value * 1.44, **(metrics or {})}
 
@@ -53,7 +56,9 @@ def write_sweep(folder: Path, jobs: list[dict[str, Any]], losses: list[float | N
     varied = list(dict.fromkeys(key for job in jobs for key in job))
     entries = [{"folder": str(i), "id": str(i), "values": job, "overrides": []} for i, job in enumerate(jobs)]
     folder.mkdir(parents=True)
-    (folder / "sweep.json").write_text(json.dumps({"varied": varied, "metric": None, "at": "last", "jobs": entries} | sweep))
+    (folder / "sweep.json").write_text(
+        json.dumps({"varied": varied, "metric": None, "at": "last", "jobs": entries} | sweep)
+    )
     for i, (job, loss) in enumerate(zip(jobs, losses, strict=True)):
         if loss is not None:
             write_run(folder / str(i), job, loss)
