@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from gptlab import cli, resume, results
+from gptlab import cli, results, resume
 from gptlab.config import did_you_mean
 from gptlab.errors import UserError
 from gptlab.run import Run
@@ -39,7 +39,7 @@ def compare(arguments: list[str]) -> None:
     if not paths:
         raise UserError("no folder given; python -m gptlab.compare FOLDER... (such as sweeps or outputs)")
     jobs = select([job for path in paths for job in find_jobs(Path(path))], settings)
-    metrics = dict.fromkeys(name for job in jobs for name in results.mapping(job.summary.get(at)) if name != "step")
+    metrics = dict.fromkeys(name for job in jobs for name in job.measured(at))
     if metric is not None and metric not in metrics:
         raise UserError(f"metric={metric}: no such metric; measured: {', '.join(metrics) or 'none yet'}")
     varied = varied_keys(jobs)
@@ -97,7 +97,7 @@ def equal(value: Any, text: str) -> bool:
     if isinstance(value, list):
         return any(equal(item, text) for item in value)
     try:
-        return results.written(value) == text or (results.number(value) is not None and float(text) == value)
+        return results.written(value) == text or (results.is_number(value) and float(text) == value)
     except ValueError:
         return False
 
