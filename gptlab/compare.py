@@ -50,10 +50,19 @@ def compare(arguments: list[str]) -> None:
         print(results.markdown(title, jobs, results.make_tables(jobs, varied, metric, at), varied))
         return
     folder = Path(out).expanduser()
-    if (folder / "sweep.json").exists() or (folder / "config.yaml").exists():
-        raise UserError(f"out={out} is the folder of a sweep or run; name another")
+    if not is_free(folder):
+        raise UserError(f"out={out} holds other files than a comparison; name another folder")
     print(results.write(folder, title, jobs, varied, metric, at))
     print(f"written: {Run(folder)}/results.csv, results.md, results.png")
+
+
+def is_free(folder: Path) -> bool:
+    """Whether it is new, empty, or holds an earlier comparison alone."""
+    names, table = {path.name for path in folder.iterdir()} if folder.is_dir() else set(), folder / "results.csv"
+    if names:
+        files = {"results.csv", "results.md", "results.png"}
+        return names <= files and table.is_file() and table.read_bytes().startswith(b"folder,status,")
+    return folder.is_dir() or not folder.exists()
 
 
 def find_jobs(path: Path) -> list[results.Job]:
@@ -81,14 +90,16 @@ def select(jobs: list[results.Job], settings: dict[str, str]) -> list[results.Jo
     jobs = list({job.folder.resolve(): job for job in jobs}.values())
     for key, wanted in settings.items():
         full = "tags" if key == "tag" else key
-        known = {name: None for job in jobs for name in (*job.config, *job.values)}
-        if full not in known:
-            raise UserError(f"unknown key {key}{did_you_mean(key, list(known))}")
-        found = {job: {**job.values, **job.config}.get(full) for job in jobs}
-        values = {results.shown(value) for value in found.values()}
-        jobs = [job for job, value in found.items() if any(equal(value, text) for text in wanted.split(","))]
+        found = {job: {**job.values, **job.config} for job in jobs}
+        values = {job: known[full] for job, known in found.items() if full in known}
+        if not values:
+            raise UserError(
+                f"unknown key {key}{did_you_mean(key, list({k: 0 for known in found.values() for k in known}))}"
+            )
+        jobs = [job for job, value in values.items() if any(equal(value, text) for text in wanted.split(","))]
         if not jobs:
-            raise UserError(f"{key}={wanted}: no such run; the runs have {', '.join(sorted(values))}")
+            differing = sorted({results.shown(value) for value in values.values()})
+            raise UserError(f"{key}={wanted}: no such run; the runs have {', '.join(differing)}")
     return jobs
 
 
