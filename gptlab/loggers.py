@@ -1,5 +1,6 @@
 """Where metrics are logged: metrics.jsonl in every run, and what the config's `logger` adds."""
 
+import contextlib
 import csv
 import io
 import math
@@ -12,10 +13,12 @@ import yaml
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from torch.utils.tensorboard.summary import hparams
 
 from gptlab.config import VALIDATED
 from gptlab.errors import UserError
+from gptlab.results import read_sweep
 from gptlab.resume import leaf_values
 from gptlab.run import Metrics, Run, read_metrics, write_atomic
 from gptlab.targets import build
@@ -106,14 +109,28 @@ class TensorBoard(TensorBoardLogger):
     def log_hyperparams(self, params: dict[str, Any], *args: Any, **kwargs: Any) -> None:
         text = yaml.safe_dump(params, sort_keys=False, allow_unicode=True)
         self.experiment.add_text("settings", "    " + text.replace("\n", "\n    "))  # indented: Markdown for code
+        values, varied = dict(leaf_values(params)), self._varied()
         table = {
             key: value if type(value) in (int, float) else str(value)
-            for key, value in leaf_values(params)
-            if key.startswith(HYPER_PARAMETERS) and not key.endswith(("_target_", ".compile"))
+            for key, value in {**values, **varied}.items()
+            if key in varied or (key.startswith(HYPER_PARAMETERS) and not key.endswith(("_target_", ".compile")))
         }
         experiment, start, _end = hparams(table, dict.fromkeys(VALIDATED, 0.0))
+        plugin_data = experiment.value[0].metadata.plugin_data
+        content = HParamsPluginData.FromString(plugin_data.content)
+        for info in content.experiment.hparam_infos:
+            info.differs = info.name in varied  # TensorBoard lists these first
+        plugin_data.content = content.SerializeToString()
         self.experiment.file_writer.add_summary(experiment)
         self.experiment.file_writer.add_summary(start)
+
+    def _varied(self) -> dict[str, Any]:
+        """The keys that a sweep varies, and their values in this one of its jobs."""
+        folder = Path(self.save_dir)
+        with contextlib.suppress(UserError):  # not in a sweep
+            jobs = read_sweep(folder.parent)["jobs"]
+            return next((job["values"] for job in jobs if job["folder"] == folder.name), {})
+        return {}
 
     @rank_zero_only
     def save(self) -> None:

@@ -199,6 +199,10 @@ class Run:
         write_atomic(self.folder / "config.yaml", text.encode("utf-8"))
         write_json(self.folder / "run.json", about)
 
+    def read_description(self) -> dict[str, Any] | None:
+        """What run.json holds."""
+        return self._read_json("run.json")
+
     def read_summary(self) -> dict[str, Any] | None:
         """None if the run is not finished."""
         summary = self._read_json("summary.json")
