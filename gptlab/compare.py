@@ -9,6 +9,7 @@ from gptlab import cli, results, resume
 from gptlab.config import did_you_mean
 from gptlab.errors import UserError
 from gptlab.run import Run
+from gptlab.sweep import Sweep
 from gptlab.terminal import printable
 
 HELP = """
@@ -24,7 +25,7 @@ Runs that differ in seed alone are one configuration. Writes nothing but what ou
   at=last        at the last validation; at=best: at the one with the lowest loss
 """
 # What no run differs in, as far as its results go: the machine, and where data lie (tables compare their checksums).
-IGNORED = {"trainer.threads", "data.name", "data.url", "data.sha256", "data.file", "data.fallback", *resume.FOLLOWS,
+IGNORED = {"data.name", "data.url", "data.sha256", "data.file", "data.fallback", *resume.FOLLOWS,
            *resume.RESUME_MAY_CHANGE} - {"trainer.max_steps", "trainer.max_time", "optim.decay_steps", "optim.skip_nonfinite"}  # fmt: skip
 SHOWN_ONLY = ("callbacks.progress.", "callbacks.sample_text.", "callbacks.throughput.")
 
@@ -73,7 +74,7 @@ def find_jobs(path: Path) -> list[results.Job]:
     jobs: dict[Path, dict[str, Any]] = {}  # folder -> values that its sweep varied
     for index in sorted(path.rglob("sweep.json")):
         try:
-            jobs |= {index.parent / job["folder"]: job["values"] for job in results.read_sweep(index.parent)["jobs"]}
+            jobs |= {index.parent / job.folder: job.values for job in Sweep.read(index.parent).jobs}
         except UserError as error:
             print(f"warning: {printable(str(error))}", file=sys.stderr)
     for name in ("run.json", "summary.json"):

@@ -20,11 +20,10 @@ from pathlib import Path
 from typing import Any
 
 from gptlab.errors import UserError
-from gptlab.run import Run
+from gptlab.run import ERROR, Run
 from gptlab.terminal import printable
 
 LOG = "job.log"  # in the folder of a job: all that it prints
-ERROR = "error.txt"  # why it failed
 PARENT = "GPTLAB_SWEEP_PROCESS"  # environment variable of a job
 POLL, REFRESH = 0.05, 0.5  # seconds
 STOPS = (129, 130, 143, -signal.SIGHUP, -signal.SIGINT, -signal.SIGTERM)  # exit status of a job that was asked to end

@@ -18,9 +18,9 @@ from torch.utils.tensorboard.summary import hparams
 
 from gptlab.config import VALIDATED
 from gptlab.errors import UserError
-from gptlab.results import read_sweep
 from gptlab.resume import leaf_values
 from gptlab.run import Metrics, Run, read_metrics, write_atomic
+from gptlab.sweep import Sweep
 from gptlab.targets import build
 
 HYPER_PARAMETERS = ("seed", "model.", "optim.", "data.name", "data.block_size", "data.batch_size", "trainer.max_steps",
@@ -128,8 +128,7 @@ class TensorBoard(TensorBoardLogger):
         """The keys that a sweep varies, and their values in this one of its jobs."""
         folder = Path(self.save_dir)
         with contextlib.suppress(UserError):  # not in a sweep
-            jobs = read_sweep(folder.parent)["jobs"]
-            return next((job["values"] for job in jobs if job["folder"] == folder.name), {})
+            return next((job.values for job in Sweep.read(folder.parent).jobs if job.folder == folder.name), {})
         return {}
 
     @rank_zero_only

@@ -18,7 +18,8 @@ from typing import Any
 
 from gptlab.errors import UserError
 from gptlab.resume import leaf_values
-from gptlab.run import Run, read_metrics, write_atomic
+from gptlab.run import ERROR, Run, read_metrics, write_atomic
+from gptlab.sweep import Sweep
 from gptlab.terminal import printable
 
 STOPPING = ("trainer.max_steps", "trainer.max_time", "callbacks.early_stopping.")
@@ -100,12 +101,11 @@ class Table:
     ranked: list[Configuration]
 
 
-def update(folder: Path, running: Collection[str] = frozenset(), picture: bool = True) -> str:
+def update(sweep: Sweep, running: Collection[str] = frozenset(), picture: bool = True) -> str:
     """Bring the results of a sweep up to date; `running` are folders of jobs that run now. Returns results.md."""
-    sweep = read_sweep(folder)
-    jobs = [read_job(folder / j["folder"], j["folder"], j["values"], j["folder"] in running) for j in sweep["jobs"]]
-    title = "/".join(folder.resolve().parts[-2:])
-    return write(folder, title, jobs, sweep["varied"], sweep["metric"], sweep["at"], picture)
+    jobs = [read_job(sweep.folder / j.folder, j.folder, j.values, j.folder in running) for j in sweep.jobs]
+    title = "/".join(sweep.folder.resolve().parts[-2:])
+    return write(sweep.folder, title, jobs, sweep.varied, sweep.metric, sweep.at, picture)
 
 
 def write(
@@ -127,34 +127,19 @@ def write(
     return report.read_text("utf-8")
 
 
-def read_sweep(folder: Path) -> dict[str, Any]:
-    """sweep.json, which is untrusted."""
-    try:
-        sweep = json.loads((folder / "sweep.json").read_text("utf-8"))
-        jobs = [{"folder": job["folder"], "values": dict(job["values"])} for job in sweep["jobs"]]
-        if not all(isinstance(job["folder"], str) and job["folder"].isalnum() for job in jobs):
-            raise ValueError("a job's folder is not a number")
-        return {"metric": None, "at": "last", **sweep, "jobs": jobs, "varied": [str(key) for key in sweep["varied"]]}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"cannot read {folder / 'sweep.json'}: {error!r}") from None
-
-
 def read_job(folder: Path, name: str, values: dict[str, Any], running: bool = False) -> Job:
-    run, reason = Run(folder), folder / "error.txt"
-    config, summary, status, error = {}, run.read_summary(), "waiting", ""
+    run = Run(folder)
+    config, summary, status, error = {}, run.read_summary(), run.state(), ""
     try:
         if summary is None and (folder / "summary.json").exists():
             raise UserError("cannot read summary.json")
-        if summary is not None or (folder / "config.yaml").exists():
-            config, status = dict(leaf_values(run.read_config())), "interrupted"
-        if running:
-            status = "running"
-        elif summary is not None:
-            status = "pruned" if summary["ended"] == "pruned" else "finished"
-        elif reason.is_file():
-            status, error = "failed", reason.read_text("utf-8", "replace").partition("\n")[0]
+        if summary or (folder / "config.yaml").exists():
+            config = dict(leaf_values(run.read_config()))
+        if status == "failed":
+            error = (folder / ERROR).read_text("utf-8", "replace").partition("\n")[0]
     except UserError as damage:
         status, error = "damaged", str(damage)
+    status = "running" if running else status
     return Job(folder, name, status, values, config, run.read_description() or {}, summary or {}, error)
 
 

@@ -26,6 +26,7 @@ from typing import IO, Any
 from gptlab.errors import MissingFileError, UserError
 
 LOCK = ".lock"
+ERROR = "error.txt"  # why a job of a sweep failed
 SAVED = ".saved"  # a mark: there has been a checkpoint
 OURS = ("config.yaml", "run.json", "metrics.jsonl", "checkpoints", "summary.json")
 
@@ -207,6 +208,14 @@ class Run:
         """None if the run is not finished."""
         summary = self._read_json("summary.json")
         return summary if summary and {"steps", "ended", "why", "best"} <= summary.keys() else None
+
+    def state(self) -> str:
+        """waiting, interrupted, failed, finished or pruned, as far as the folder tells."""
+        if summary := self.read_summary():
+            return "pruned" if summary["ended"] == "pruned" else "finished"
+        if (self.folder / ERROR).is_file():
+            return "failed"
+        return "interrupted" if (self.folder / "config.yaml").exists() else "waiting"
 
     def write_summary(self, summary: dict[str, Any]) -> None:
         write_json(self.folder / "summary.json", summary)

@@ -76,20 +76,14 @@ class Sweep(config.Node):
         write_json(self.folder / INDEX, self.model_dump())
         current = self
 
-    def state(self, job: Job) -> str:
-        """waiting, interrupted, failed, finished or pruned, as far as its folder tells."""
-        folder = self.folder / job.folder
-        if summary := Run(folder).read_summary():
-            return "pruned" if summary["ended"] == "pruned" else "finished"
-        if (folder / jobs.ERROR).exists():
-            return "failed"
-        return "interrupted" if (folder / "config.yaml").exists() else "waiting"
+    def run(self, job: Job) -> Run:
+        return Run(self.folder / job.folder)
 
     def is_done(self, job: Job) -> bool:
         """Whether nothing is left to do, also with the limits that a resume has changed."""
-        if self.state(job) not in ("finished", "pruned"):
+        run = self.run(job)
+        if run.state() not in ("finished", "pruned"):
             return False
-        run = Run(self.folder / job.folder)
         ended = f"trainer.{run.read_summary()['ended']}"
         limits = [change.partition("=")[2] for change in self.changes if key_of(change) == ended]
         return not limits or limits[-1] == str(config.select(run.read_config(), ended))
@@ -115,7 +109,7 @@ class Sweep(config.Node):
         """Threads of all processes of the first job that has started."""
         for job in self.jobs:
             if (self.folder / job.folder / "config.yaml").exists():
-                trainer = Run(self.folder / job.folder).read_config()["trainer"]
+                trainer = self.run(job).read_config()["trainer"]
                 return trainer["threads"] * trainer["devices"]
         return None
 
@@ -169,7 +163,7 @@ class Sweep(config.Node):
 
     def goal(self, job: Job) -> float | None:
         """What a search minimizes; None if the job has not finished."""
-        summary = Run(self.folder / job.folder).read_summary()
+        summary = self.run(job).read_summary()
         value = summary and summary[self.at].get(self.metric or "val/loss")
         return -value if value is not None and self.metric == "val/accuracy" else value
 
@@ -358,7 +352,7 @@ def conclude() -> int:
 
     if current is None:
         return 0
-    print(f"\n{results.update(current, set(), picture=True)}\n\nresults: {Run(current.folder)}/results.md")
+    print(f"\n{results.update(current)}\n\nresults: {Run(current.folder)}/results.md")
     if left := [job for job in current.jobs if not current.is_done(job)]:
         print(f"\n{len(left)} of {len(current.jobs)} jobs are not finished; to resume:\n  {current.resume_command()}")
-    return len([job for job in left if current.state(job) == "failed"])
+    return len([job for job in left if current.run(job).state() == "failed"])

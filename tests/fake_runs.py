@@ -54,10 +54,14 @@ def write_run(
 def write_sweep(folder: Path, jobs: list[dict[str, Any]], losses: list[float | None], **sweep: Any) -> None:
     """A sweep whose jobs have these values of the varied keys. A loss of None: that job has not been started."""
     varied = list(dict.fromkeys(key for job in jobs for key in job))
-    entries = [{"folder": str(i), "id": str(i), "values": job, "overrides": []} for i, job in enumerate(jobs)]
+    entries = [
+        {"folder": str(i), "id": str(i), "values": job, "overrides": [], "threads": None} for i, job in enumerate(jobs)
+    ]
     folder.mkdir(parents=True)
     (folder / "sweep.json").write_text(
-        json.dumps({"varied": varied, "metric": None, "at": "last", "jobs": entries} | sweep)
+        json.dumps(
+            {"overrides": [], "flags": [], "varied": varied, "metric": None, "at": "last", "jobs": entries} | sweep
+        )
     )
     for i, (job, loss) in enumerate(zip(jobs, losses, strict=True)):
         if loss is not None:

@@ -15,7 +15,7 @@ import pytest
 from fake_runs import write_run, write_sweep
 
 from gptlab import results
-from gptlab.errors import UserError
+from gptlab.sweep import Sweep
 
 
 def combinations(**values) -> list[dict]:
@@ -55,7 +55,7 @@ def test_seeds_are_aggregated(tmp_path):
     the interval reaches 4.3027 * 0.1 / sqrt(3) = 0.2484 to each side. A spread with n instead of n - 1 would be 0.0816."""
     jobs = combinations(optim__lr=[0.001, 0.01], seed=[1, 2, 3])
     write_sweep(tmp_path / "sweep", jobs, [2.5, 2.6, 2.7, 2.2, 2.0, 2.1])
-    text = results.update(tmp_path / "sweep", picture=False)
+    text = results.update(Sweep.read(tmp_path / "sweep"), picture=False)
     expected = ["0.01", "2.1000", "0.1000", "1.8516 to 2.3484", "3", "31,000", "62 s", "3 finished", "{3,4,5}"]
     assert cells(text, "0.01") == expected
     assert text.index("| 0.01 ") < text.index("| 0.001 ")  # the best first, not the first first
@@ -67,7 +67,7 @@ def test_the_csv_has_a_row_for_every_job(tmp_path):
     jobs = combinations(optim__lr=[0.001, 0.1], seed=[1, 2])
     write_sweep(tmp_path / "sweep", jobs, [2.123456789, 2.2, None, None])
     write_run(tmp_path / "sweep/2", jobs[2], ended=None, error="non-finite loss at step 7\nmore")
-    results.update(tmp_path / "sweep", picture=False)
+    results.update(Sweep.read(tmp_path / "sweep"), picture=False)
     table = rows(tmp_path / "sweep")
     assert list(table[0])[:7] == ["folder", "status", "optim.lr", "seed", "val/loss", "val/bits_per_byte", "steps"]
     assert [row["folder"] for row in table] == ["0", "1", "2", "3"]
@@ -92,7 +92,7 @@ def test_every_state_of_a_job(tmp_path):
     write_run(tmp_path / "s/6", jobs[6], None)  # the loss of the last validation was not finite
     write_run(tmp_path / "s/7", jobs[7], 1.0)
     (tmp_path / "s/7/config.yaml").write_text("a: [")
-    text = results.update(tmp_path / "s", running={"5"}, picture=False)
+    text = results.update(Sweep.read(tmp_path / "s"), running={"5"}, picture=False)
     states = ["finished", "finished", "pruned", "failed", "interrupted", "running", "finished", "damaged", "waiting"]
     assert [row["status"] for row in rows(tmp_path / "s")] == states
     ranked, _, rest = text.partition("Not ranked:")
@@ -100,7 +100,7 @@ def test_every_state_of_a_job(tmp_path):
     assert [cells(rest, str(i + 1))[2] for i in range(2, 9)] == states[2:]
     (tmp_path / "s/6/summary.json").write_text("{")
     assert (
-        "summary.json" in results.update(tmp_path / "s", picture=False)
+        "summary.json" in results.update(Sweep.read(tmp_path / "s"), picture=False)
         and rows(tmp_path / "s")[6]["status"] == "damaged"
     )
 
@@ -122,7 +122,7 @@ def test_runs_that_do_not_compare_stand_in_separate_tables(tmp_path, a, b, why):
     for i, job in enumerate(jobs):
         changes = {key: value for key, value in job.items() if key != "sha256"}
         write_run(tmp_path / f"s/{i}", changes, 2.0 + i, sha256=job.get("sha256", "d"))
-    text = results.update(tmp_path / "s", picture=False)
+    text = results.update(Sweep.read(tmp_path / "s"), picture=False)
     assert f"2 tables, because runs with another {why} do not compare" in text
     assert text.count("val/loss at the last validation") == 2
     assert text.count("One configuration: nothing to compare") == 2
@@ -132,7 +132,7 @@ def test_a_block_size_does_not_separate_runs_that_are_validated_on_everything(tm
     """Without data.val_windows each token is predicted once, whatever the block size."""
     jobs = combinations(data__block_size=[32, 64])
     write_sweep(tmp_path / "s", jobs, [2.0, 2.1])
-    assert "tables" not in results.update(tmp_path / "s", picture=False)
+    assert "tables" not in results.update(Sweep.read(tmp_path / "s"), picture=False)
 
 
 def test_the_metric_that_is_compared(tmp_path):
@@ -156,7 +156,7 @@ def test_the_metric_that_is_compared(tmp_path):
             vocabulary = f"{i}" if "vocabulary" in arguments else "v"
             best = arguments["best"][i] if "best" in arguments else None
             write_run(tmp_path / name / str(i), job, loss, vocabulary=vocabulary, metrics=metrics, best=best)
-        text = results.update(tmp_path / name, picture=False)
+        text = results.update(Sweep.read(tmp_path / name), picture=False)
         assert expected in text
         best = "0.2" if name in ("accuracy", "asked") else "0.1"
         assert f"Best: optim.lr={best}." in text
@@ -237,7 +237,7 @@ def test_the_picture_has_a_panel_for_each_key(tmp_path):
     write_sweep(tmp_path / "steps", combinations(trainer__max_steps=[100, 200], optim__lr=[1.0, 2.0]), [2.0] * 4)
     sizes = []
     for name in ("grid", "steps"):
-        results.update(tmp_path / name)
+        results.update(Sweep.read(tmp_path / name))
         sizes.append(png_size((tmp_path / name / "results.png").read_bytes()))
     assert sizes == [(1485, 396), (1045, 792)]
 
@@ -258,7 +258,7 @@ def test_any_value_can_be_drawn(tmp_path, jobs):
     write_sweep(tmp_path / "s", jobs, [2.0 + i for i in range(len(jobs))])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        text = results.update(tmp_path / "s")
+        text = results.update(Sweep.read(tmp_path / "s"))
     assert png_size((tmp_path / "s/results.png").read_bytes())
     assert "\x1b" not in text
 
@@ -272,20 +272,20 @@ def test_nothing_is_written_or_imported_where_nothing_changed(tmp_path):
     def times() -> list[int]:
         return [(tmp_path / f"s/results.{suffix}").stat().st_mtime_ns for suffix in ("csv", "md", "png")]
 
-    text, before = results.update(tmp_path / "s"), times()
-    code = f"""import sys; from pathlib import Path; from gptlab import results
-print(results.update(Path({str(tmp_path / "s")!r})), end="")
+    text, before = results.update(Sweep.read(tmp_path / "s")), times()
+    code = f"""import sys; from pathlib import Path; from gptlab import results, sweep
+print(results.update(sweep.Sweep.read(Path({str(tmp_path / "s")!r}))), end="")
 assert not {{"torch", "scipy", "matplotlib", "lightning"}} & sys.modules.keys()"""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == text and times() == before
     write_run(tmp_path / "s/3", jobs[3], 2.3)
-    assert "2.2500" in results.update(tmp_path / "s", picture=False)
+    assert "2.2500" in results.update(Sweep.read(tmp_path / "s"), picture=False)
     assert times()[0] > before[0] and times()[1] > before[1] and times()[2] == before[2]
-    results.update(tmp_path / "s")
+    results.update(Sweep.read(tmp_path / "s"))
     assert times()[2] > before[2]
     for suffix in ("csv", "md", "png"):
         os.unlink(tmp_path / f"s/results.{suffix}")
-        results.update(tmp_path / "s")
+        results.update(Sweep.read(tmp_path / "s"))
         assert all(times())
 
 
@@ -293,18 +293,8 @@ def test_texts_from_a_run_folder_do_no_harm(tmp_path):
     """Columns stay columns, a cell one line, and no control character reaches the terminal."""
     write_sweep(tmp_path / "s", [{"data.path": "a|b\nc"}, {"data.path": "\x1b]0;title\x07"}], [2.0, None])
     write_run(tmp_path / "s/1", {}, ended=None, error="x | y\x1b[2J")
-    text = results.update(tmp_path / "s", picture=False)
+    text = results.update(Sweep.read(tmp_path / "s"), picture=False)
     assert "a\\|b c" in text and "x \\| y\\x1b[2J" in text and "\x1b" not in text and "\x07" not in text
-
-
-@pytest.mark.parametrize(
-    "content", ["{", "[]", '{"jobs": 3}', '{"jobs": [{"folder": "../../x", "values": {}}], "varied": []}']
-)
-def test_a_damaged_sweep_json_is_one_error(tmp_path, content):
-    (tmp_path / "sweep.json").write_text(content)
-    with pytest.raises(UserError, match=r"sweep\.json"):
-        results.update(tmp_path)
-    assert os.listdir(tmp_path) == ["sweep.json"]
 
 
 def test_tensorboard_lists_the_varied_keys_first(tmp_path):

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from composed import compose_entry
 
-from gptlab import cli, jobs, sweep
+from gptlab import cli, sweep
 from gptlab.errors import UserError
-from gptlab.run import Run
+from gptlab.run import ERROR, Run
 
 BASE = ["model=gpt-nano", "++trainer.max_steps=20", "hardware=cpu"]
 
@@ -119,13 +119,13 @@ def test_threads_of_jobs_that_ran_alone(make):
 def test_states(make):
     state = make("seed")
     placed = state.place([[*BASE, f"++seed={seed}"] for seed in range(5)], compose)
-    for job, name in zip(placed, ("config.yaml", jobs.ERROR), strict=False):
+    for job, name in zip(placed, ("config.yaml", ERROR), strict=False):
         (state.folder / job.folder).mkdir()
         (state.folder / job.folder / name).write_text("x")
     finish(state, placed[2])
     finish(state, placed[3], ended="pruned")
     states = ["interrupted", "failed", "finished", "pruned", "waiting"]
-    assert [state.state(job) for job in placed] == states
+    assert [state.run(job).state() for job in placed] == states
     assert [state.is_done(job) for job in placed] == [False, False, True, True, False]
 
 
