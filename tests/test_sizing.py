@@ -166,5 +166,5 @@ def test_wrong_settings_are_one_line(gptlab, arguments, said):
 
 def test_lightning_is_not_imported(tmp_path):
     """It would double the time of an answer that needs none of it."""
-    program = "import sys; sys.argv = ['sizing', 'model.n_layer=1', 'data.block_size=8', 'vocab_size=9']\nfrom gptlab import config, sizing; cli.main(sizing.size, 'sizing')"
+    program = "import sys; sys.argv = ['sizing', 'model.n_layer=1', 'data.block_size=8', 'vocab_size=9']\nfrom gptlab import cli, sizing; cli.main(sizing.size, 'sizing')"
     assert "lightning" not in modules_after(program)
