@@ -1,7 +1,7 @@
 """Scaling laws: train sizes x token budgets, fit L(N, D) = E + A / N^alpha + B / D^beta, and spend a budget well.
 
     python scripts/scaling_laws.py                                        minutes on a CPU
-    python scripts/scaling_laws.py --sizes 32 64 128 --steps 200 800 3200 data=shakespeare_char
+    python scripts/scaling_laws.py --sizes 32,64,128 --steps 200,800,3200 data=shakespeare_char
     python scripts/scaling_laws.py --fit-only sweeps/A sweeps/B --flops 1e15
 
 N: parameters without position embeddings. D: tokens trained on. L: last validation loss. Every budget is a run with its own
@@ -67,7 +67,7 @@ def fit(n: np.ndarray, d: np.ndarray, loss: np.ndarray) -> tuple[Law, float]:
     grid = np.array([*itertools.product(lowest + np.log((0.3, 0.6, 0.9)), *2 * [lowest + np.log((0.03, 0.1, 0.3))],
                                         exponents, exponents)])  # fmt: skip
     distance = np.abs(special.logsumexp(terms(grid.T), axis=0) - y).sum(axis=1)
-    best = min((descend(start, 1e-3) for start in grid[np.argsort(distance)[:6]]), key=lambda found: found.fun)
+    best = min((descend(start, 1e-3) for start in grid[np.argsort(distance)[:3]]), key=lambda found: found.fun)
     residuals = np.sort(np.abs(special.logsumexp(terms(best.x), axis=0) - y))
     delta = max(
         3 * np.median(residuals[len(best.x) :]) / stats.norm.ppf(0.75), 1e-6
@@ -93,7 +93,7 @@ def intervals(
     log_n, log_d = np.log(n / n.mean()), np.log(d / d.mean())
     ranges, minimum = {"alpha": EXPONENTS, "beta": EXPONENTS}, np.inf
     for _ in range(3):  # the whole plane, then closer
-        alpha, beta = (axis.ravel() for axis in np.meshgrid(*(np.geomspace(*ranges[name], 120) for name in ranges)))
+        alpha, beta = (axis.ravel() for axis in np.meshgrid(*(np.geomspace(*ranges[name], 80) for name in ranges)))
         X = np.stack(np.broadcast_arrays(1.0, np.exp(-alpha[:, None] * log_n), np.exp(-beta[:, None] * log_d)), -1)
         X = X * weight[:, None]
         covariance = np.linalg.inv(X.transpose(0, 2, 1) @ X)
@@ -106,10 +106,14 @@ def intervals(
         variance = variance - (bound < 0)[:, None] * to_E**2 * variance[:, :1]
         rss = np.where((factors[:, 1:] > 0).all(axis=1), rss, np.inf)
         minimum = min(minimum, rss.min())
+        if minimum == np.inf:
+            sys.exit(
+                "error: the loss does not fall with both N and D, so there is no such law; train larger or longer runs"
+            )
         threshold = minimum * (1 + t**2 / freedom)
         near = rss <= threshold
         for name, axis in (("alpha", alpha), ("beta", beta)):
-            step = (ranges[name][1] / ranges[name][0]) ** (1 / 119)
+            step = (ranges[name][1] / ranges[name][0]) ** (1 / 79)
             ranges[name] = (max(axis[near].min() / step, EXPONENTS[0]), min(axis[near].max() * step, EXPONENTS[1]))
     alpha, beta, factors, variance = alpha[near], beta[near], factors[near], variance[near]
     half = np.sqrt(variance[:, 1:] * (threshold - rss[near])[:, None])
@@ -126,10 +130,9 @@ def intervals(
     return found | {"N": (best.min(), best.max())}
 
 
-def train(out: Path, sizes: list[int], steps: list[int], overrides: list[str]) -> None:
+def train(out: Path, sizes: str, steps: str, overrides: list[str]) -> None:
     """Train the grid as one sweep in `out`, or resume it."""
-    grid = [f"model.n_embd={','.join(map(str, sizes))}", f"trainer.max_steps={','.join(map(str, steps))}"]
-    new = ["-m", *FIXED, *overrides, *grid, f"hydra.sweep.dir={out}"]
+    new = ["-m", *FIXED, *overrides, f"model.n_embd={sizes}", f"trainer.max_steps={steps}", f"hydra.sweep.dir={out}"]
     arguments = [f"resume={out}"] if (out / "sweep.json").exists() else new
     print(f"python -m gptlab.train {' '.join(arguments)}", flush=True)
     status = subprocess.run([sys.executable, "-m", "gptlab.train", *arguments]).returncode
@@ -146,7 +149,7 @@ def read_runs(folders: list[Path]) -> np.ndarray:
     rows, data = [], set()
     for path in paths:
         summary, config = Run(path).read_summary(), Run(path).read_config()
-        if not summary or summary["last"].get("val/loss") is None:
+        if not summary or summary.get("last", {}).get("val/loss") is None:
             print(f"left out: {path} is not finished, or diverged")
         elif config["optim"]["schedule"] == "cosine" and config["optim"]["decay_steps"] != summary["steps"]:
             print(f"left out: {path} ended at step {summary['steps']}, its cosine at {config['optim']['decay_steps']}")
@@ -200,8 +203,8 @@ def plot(out: Path, n: np.ndarray, d: np.ndarray, loss: np.ndarray, law: Law) ->
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="more settings of gptlab.train")
-    parser.add_argument("--sizes", nargs="+", type=int, default=[12, 24, 48, 96], help="model.n_embd, even")
-    parser.add_argument("--steps", nargs="+", type=int, default=[100, 200, 400, 800, 1600], help="trainer.max_steps")
+    parser.add_argument("--sizes", default="12,24,48,96", help="model.n_embd, even numbers; default: %(default)s")
+    parser.add_argument("--steps", default="100,200,400,800,1600", help="trainer.max_steps; default: %(default)s")
     parser.add_argument(
         "--out", type=Path, default=Path("sweeps/scaling_laws"), help="folder of the sweep and the picture"
     )
@@ -228,9 +231,9 @@ def main() -> None:
     best = law.optimal_size(flops)
     print(f"\n{flops:.3g} FLOPs, well spent: {best:,.0f} parameters [{found['N'][0]:,.0f}, {found['N'][1]:,.0f}] on "
           f"{flops / 6 / best:,.0f} tokens, for a loss of {law.loss(best, flops / 6 / best):.4g}")  # fmt: skip
-    out = options.out if not options.fit_only else Path()
-    plot(out / "scaling_laws.png", n, d, loss, law)
-    print(f"picture: {out / 'scaling_laws.png'}")
+    options.out.mkdir(parents=True, exist_ok=True)
+    plot(options.out / "scaling_laws.png", n, d, loss, law)
+    print(f"picture: {options.out / 'scaling_laws.png'}")
 
 
 if __name__ == "__main__":
