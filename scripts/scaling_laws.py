@@ -44,36 +44,32 @@ class Law(NamedTuple):
 def fit(n: np.ndarray, d: np.ndarray, loss: np.ndarray) -> tuple[Law, float]:
     """The law for runs (m,), and Huber's delta, in log L."""
     log_n, log_d, y = np.log(n), np.log(d), np.log(loss)
-    centers = np.array([0.0, log_n.mean(), log_d.mean()])  # exponents and factors hardly correlate there
-    zero, u, v = np.zeros_like(y), log_n - centers[1], log_d - centers[2]
+    u, v = log_n - log_n.mean(), log_d - log_d.mean()  # so that factors and exponents hardly correlate
 
     def terms(theta: np.ndarray) -> np.ndarray:  # logs of the three terms
         e, a, b, alpha, beta = theta[..., None]
-        return np.stack((e + zero, a - alpha * u, b - beta * v))
+        return np.stack((e + 0 * u, a - alpha * u, b - beta * v))
 
     def objective(theta: np.ndarray, delta: float) -> tuple[float, np.ndarray]:
         logs = terms(theta)
-        residual = special.logsumexp(logs, axis=0) - y
-        slope = np.clip(residual, -delta, delta) * special.softmax(logs, axis=0)
+        total = np.logaddexp.reduce(logs)
+        slope = np.clip(total - y, -delta, delta) * np.exp(logs - total)
         gradient = [*slope.sum(axis=1), -slope[1] @ u, -slope[2] @ v]
-        return special.huber(delta, residual).sum() / delta**2, np.array(gradient) / delta**2
+        return special.huber(delta, total - y).sum() / delta**2, np.array(gradient) / delta**2
 
     def descend(start: np.ndarray, delta: float) -> optimize.OptimizeResult:
-        return optimize.minimize(
-            objective, start, (delta,), "L-BFGS-B", jac=True, options={"maxiter": 500, "ftol": 1e-12}
-        )
+        options = {"maxiter": 500, "ftol": 1e-12}
+        return optimize.minimize(objective, start, (delta,), "L-BFGS-B", jac=True, options=options)
 
     lowest, exponents = np.log(loss.min()), (0.1, 0.25, 0.5, 1.0)
     grid = np.array([*itertools.product(lowest + np.log((0.3, 0.6, 0.9)), *2 * [lowest + np.log((0.03, 0.1, 0.3))],
                                         exponents, exponents)])  # fmt: skip
-    distance = np.abs(special.logsumexp(terms(grid.T), axis=0) - y).sum(axis=1)
+    distance = np.abs(np.logaddexp.reduce(terms(grid.T)) - y).sum(axis=1)
     best = min((descend(start, 1e-3) for start in grid[np.argsort(distance)[:3]]), key=lambda found: found.fun)
-    residuals = np.sort(np.abs(special.logsumexp(terms(best.x), axis=0) - y))
-    delta = max(
-        3 * np.median(residuals[len(best.x) :]) / stats.norm.ppf(0.75), 1e-6
-    )  # a fit this robust meets some exactly
+    residuals = np.sort(np.abs(np.logaddexp.reduce(terms(best.x)) - y))[len(best.x) :]  # that fit meets some exactly
+    delta = max(3 * np.median(residuals) / stats.norm.ppf(0.75), 1e-6)
     e, a, b, alpha, beta = descend(best.x, delta).x
-    return Law(np.exp(e), np.exp(a + alpha * centers[1]), np.exp(b + beta * centers[2]), alpha, beta), delta
+    return Law(np.exp(e), np.exp(a + alpha * log_n.mean()), np.exp(b + beta * log_d.mean()), alpha, beta), delta
 
 
 def intervals(
