@@ -357,7 +357,7 @@ def load_config(cfg: Any, entry: str, overrides: list[str]) -> Any:
         values = OmegaConf.to_container(task, resolve=True)
     except InterpolationResolutionError as error:
         raise UserError(f"{error.full_key}: {str(error).splitlines()[0]}") from error
-    if values.get("resume"):
+    if entry == "train" and values.get("resume"):
         values = resume_config(values, overrides)
     return config.validate(values, entry, references=set(_references(task)))
 
@@ -422,7 +422,7 @@ def explain_config(*, _root_: Any) -> str:
     for key in _root_:
         if key != "hydra":
             block = OmegaConf.to_yaml(OmegaConf.masked_copy(_root_, [key])).rstrip("\n").split("\n")
-            texts = explained.get(key, {}) if len(block) > 1 else explained[""]
+            texts = (len(block) > 1 and explained.get(key)) or explained[""]
             for line in block:
                 text = texts.get(line.partition(":")[0].strip())
                 lines.append(f"{line}  # {text}" if text else line)

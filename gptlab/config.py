@@ -1,6 +1,6 @@
 """What a config may hold. Hydra composes it from conf/ and the command line; `validate` checks all of it at once.
 
-    conf/*.yaml + command line --Hydra--> plain values --validate--> Train | Sample | Prepare
+    conf/*.yaml + command line --Hydra--> plain values --validate--> Train | Sample | Prepare | Sizing
 
 Types and ranges are pydantic models, one per node of the config; a node with a `_target_` is checked by the model of
 that class (`NODES`), any other class is custom and takes what it takes. Conditions on several keys are in rules.py.
@@ -202,6 +202,7 @@ def _node(schema: str, /, **fields: Any) -> type[Node]:
 # The classes that conf/ builds, and the only ones that a run folder or checkpoint may name without trust=true.
 NODES = {
     "gptlab.model.GPT": GPT,
+    "gptlab.data.windows.WindowData": Windows,
     "gptlab.data.text.TextData": Text,
     "gptlab.data.memmap.MemmapData": Memmap,
     "gptlab.data.memmap.PythonStdlibData": PythonStdlib,
@@ -230,18 +231,28 @@ class Custom(Node):
     target: Annotated[str, Field(alias="_target_", pattern=r"^[^\W\d]\w*(\.\w+)+$")]
 
 
-class Train(Node):
+class Experiment(Node):
     name: FolderName
     seed: Seed
     tags: list[Str]
-    resume: Str | None
-    trust: bool
     model: dict[str, Any]
     data: dict[str, Any]
     optim: Optim
     trainer: Trainer
     callbacks: dict[str, dict[str, Any] | None] | None = None  # `~callbacks` leaves them out
     logger: dict[str, Any] | None = None
+
+
+class Train(Experiment):
+    resume: Str | None
+    trust: bool
+
+
+class Sizing(Experiment):
+    vocab_size: Count | None
+    tokens: Annotated[Int, Field(ge=1, lt=2**63)] | None
+    flops_per_s: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None
+    mfu: Annotated[float, Field(gt=0, le=1)]
 
 
 class Sample(SampleText):
@@ -268,11 +279,11 @@ class Prepare(Node):
     processes: Count | None
 
 
-ENTRIES = {"train": Train, "sample": Sample, "prepare": Prepare}
+ENTRIES = {"train": Train, "sample": Sample, "prepare": Prepare, "sizing": Sizing}
 
 
 def validate(values: dict[str, Any], entry: str, references: Collection[str] = ()) -> Any:
-    """The typed config (Train, Sample or Prepare) made from a composed config's plain values.
+    """The typed config (one of ENTRIES) made from a composed config's plain values.
 
     Args:
         references: keys that only repeat another key's value (`${...}`); the other key is reported.

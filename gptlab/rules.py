@@ -182,3 +182,6 @@ def _vocab_size_text(at: str, node: dict, example: int) -> str:
     if node["vocab_size"] is None:
         return f"{at}tokenizer=bpe needs {at}vocab_size, such as {at}vocab_size={example}"
     return f"{at}vocab_size={node['vocab_size']} needs {at}tokenizer=bpe"
+
+
+RULES["sizing"] = [(keys, check) for keys, check in RULES["train"] if check is not data_files_exist]  # often unread

@@ -334,7 +334,7 @@ def test_a_config_error_takes_less_than_a_second(tmp_path):
 
 
 def test_help_explains_every_key(gptlab):
-    for entry in ("train", "sample"):
+    for entry in ("train", "sample", "sizing"):
         shown = gptlab(entry, "--help").stdout
         for key in leaf_keys(composed(entry)[0]):
             name = key.rpartition(".")[2]

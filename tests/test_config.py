@@ -34,7 +34,13 @@ def entry_choices() -> list[tuple[str, ...]]:
     columns = [[f"{group}={name}" for name in names] for group, names in options_of.items()]
     together = [tuple(filter(None, row)) for row in itertools.zip_longest(*columns)]
     alone = [(f"{group}={name}",) for group in ("experiment", "debug") for name in options(group)]
-    return [("train",), ("sample",), ("prepare",), *(("train", *row) for row in [*together, *alone, (WANDB,)])]
+    return [
+        ("train",),
+        ("sample",),
+        ("prepare",),
+        ("sizing",),
+        *(("train", *row) for row in [*together, *alone, (WANDB,)]),
+    ]
 
 
 WANDB = "logger=wandb"
@@ -178,6 +184,12 @@ OTHERS = {
         **dict.fromkeys(("out", "path", "hub_config", "hub_revision"), OPTIONAL_STRING), **dict.fromkeys(("hub", "hub_split", "text_key"), STRING),
         "tokenizer": (["gpt2", "bpe"], ["char", None]), "vocab_size": ([None, *VOCAB[0]], VOCAB[1]),
         "val_share": ([1e-9, 0.999], [0, 1, -0.1, 1.5, INF, NAN, None]), "split_seed": SIZE, "processes": OPTIONAL_COUNT,
+    },
+    "sizing": {
+        **{key: RANGES[key] for key in RANGES if key.startswith(("name", "seed", "tags", "model.", "optim.", "trainer.", "callbacks."))},
+        **{key: RANGES[key] for key in ("data.name", "data.block_size", "data.batch_size", "data.micro_batch_size", "data.val_windows", "data.workers")},
+        "vocab_size": OPTIONAL_COUNT, "tokens": ([None, 1, 300e9], [0, -1, 1.5, INF, True, "1", 2**63]),
+        "flops_per_s": ([None, 1, 312e12], [0, -1, INF, NAN, True, "1"]), "mfu": ([1e-9, 1], [0, -0.1, 1.1, NAN, None, True]),
     },
 }  # fmt: skip
 

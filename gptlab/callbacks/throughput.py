@@ -8,10 +8,7 @@ import lightning as L
 import torch
 
 from gptlab.data.windows import TimedLoader
-
-# Dense peak of bf16 and fp16 matrix products, FLOP/s per device, from the vendors' data sheets; the first that matches.
-PEAK_FLOPS = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12,
-              "4090": 165e12, "V100": 125e12, "T4": 65e12}  # fmt: skip
+from gptlab.sizing import PEAK_FLOPS
 
 
 class Throughput(L.Callback):

@@ -1,0 +1,170 @@
+"""gptlab.sizing: its numbers against real modules, torch's FLOP counter, real checkpoints, and a known training."""
+
+import re
+
+import pytest
+import torch
+from composed import composed
+from conftest import TINY
+from test_cli import modules_after
+from torch.utils.flop_counter import FlopCounterMode
+
+from gptlab import config, sizing
+from gptlab.config import CONF
+from gptlab.model import GPT
+
+SHAPES = {
+    "one layer": {"n_layer": 1, "n_head": 1, "n_embd": 8},
+    "biases": {"n_layer": 2, "n_head": 4, "n_embd": 16, "bias": True, "gelu": "tanh"},
+    "padded vocabulary": {"n_layer": 3, "n_head": 2, "n_embd": 12, "vocab_multiple": 64},
+    "wide, one head": {"n_layer": 2, "n_head": 1, "n_embd": 48, "dropout": 0.1},
+}
+
+
+def report(gptlab, *arguments: str) -> dict[str, dict[str, list[str]]]:
+    """Title -> row -> cells, of what the program prints."""
+    tables = {}
+    for block in gptlab("sizing", *arguments).stdout.strip().split("\n\n"):
+        title, *rows = block.splitlines()
+        cells = [re.split(r"  +", row.strip()) for row in rows]
+        tables[re.split(r"[,:(]| for| \d", title)[0].strip()] = {name: rest for name, *rest in cells}
+    return tables
+
+
+def number(cell: str) -> int:
+    return int(cell.split()[0].replace(",", ""))
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_parameters_are_those_of_the_real_model(shape):
+    """Each part against the tensors of the module it names; a part that is missed or counted twice changes the sum."""
+    model = GPT(vocab_size=70, block_size=20, **shape)
+    blocks = model.transformer.h
+    real = {
+        "token embedding": model.transformer.wte,
+        "position embedding": model.transformer.wpe,
+        "attention": torch.nn.ModuleList(block.attn for block in blocks),
+        "MLP": torch.nn.ModuleList(block.mlp for block in blocks),
+        "LayerNorms": torch.nn.ModuleList([model.transformer.ln_f, *(n for b in blocks for n in (b.ln_1, b.ln_2))]),
+    }
+    expected = {part: sum(p.numel() for p in module.parameters()) for part, module in real.items()}
+    counted = sizing.count_parameters(model)
+    assert counted == {**expected, "head (tied)": 0}
+    assert sum(counted.values()) == sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_flops_are_those_that_torch_counts(shape):
+    """Exactly, forward and backward, where attention is plain matrix products (on meta tensors). A fused kernel's
+    backward pass would count a fifth product: it computes the scores again."""
+    T = 20
+    with torch.device("meta"):
+        model = GPT(vocab_size=70, block_size=T, **shape)
+        ids = torch.zeros(3, T, dtype=torch.int64)
+        flops = sizing.forward_flops(model, T)
+        with FlopCounterMode(display=False) as forward:
+            logits = model(ids)
+        with FlopCounterMode(display=False) as backward:
+            logits.sum().backward()
+    assert forward.get_total_flops() == 3 * T * sum(flops.values())
+    assert backward.get_total_flops() == 2 * forward.get_total_flops()
+    counted = forward.get_flop_counts()["Global"]
+    assert counted[torch.ops.aten.bmm] == 3 * T * flops["attention, scores (grow with block_size)"]
+    # What train/mfu uses counts biases and LayerNorms, too.
+    assert sum(flops.values()) * 3 <= model.flops_per_token() <= sum(flops.values()) * 3.3
+
+
+def test_gpt2_on_eight_a100(gptlab):
+    """Published: 124,439,808 parameters; nanoGPT's own run took about 4 days for 300 B tokens."""
+    found = report(gptlab, "model=gpt2", "tokens=300e9", "trainer.devices=8", "data.micro_batch_size=1")
+    assert found["parameters"]["total"][0] == "124,439,808"
+    assert found["parameters"]["without embeddings"][0] == "85,056,000"
+    assert found["FLOPs per token"]["total"] == ["284,812,800", "854,438,400"]
+    # 300e9 * 854438400 / (8 * 312e12 * 0.3) s
+    assert found["time"]["A100"] == ["312 TFLOP/s", "4.0 days"]
+
+
+@pytest.mark.parametrize("ema", [False, True])
+def test_checkpoint_size(gptlab, tmp_path, ema):
+    """Against the file that a run saves; without the optimizer's state it would be a third."""
+    same = ["callbacks=[default,ema]"] if ema else []
+    gptlab("train", *TINY, *same, "model.n_embd=96", "hydra.run.dir=run")
+    real = (tmp_path / "run/checkpoints/last.ckpt").stat().st_size
+    said = report(gptlab, "data=python_docs", "model=gpt-nano", "model.n_embd=96", *same)["checkpoint"]
+    (cells,) = said.values()
+    assert number(cells[0]) == pytest.approx(real, rel=0.015)
+
+
+@pytest.mark.parametrize("model", sorted(path.stem for path in (CONF / "model").glob("*.yaml")))
+def test_every_model_can_be_sized(model, monkeypatch, capsys):
+    """Without the memory estimate, which has its own tests and takes seconds for the largest."""
+    monkeypatch.setattr("gptlab.memory.estimate_step", lambda *_, **__: None)
+    sizing.size(config.validate(composed("sizing", f"model={model}")[0], "sizing"))
+    printed = capsys.readouterr().out
+    assert "head (tied)" in printed and "weights" in printed and "activations" not in printed
+
+
+def test_experiments_and_data(gptlab):
+    """What gptlab.train would train: tokens of the schedule, block and vocabulary of the data, EMA's copy."""
+    found = report(gptlab, "experiment=addition", "callbacks=[problems,ema]", "flops_per_s=1e12", "mfu=1")
+    assert found["parameters"]["position embedding"][0] == f"{6 * 128:,}"
+    assert found["parameters"]["token embedding"][0] == f"{10 * 128:,}"
+    assert "copies (EMA, DDP)" in found["memory"]
+    assert found["time"].keys() == {"flops_per_s"}
+    said = gptlab("sizing", "experiment=gpt2_124m", status=2).stderr
+    assert "vocab_size=50257" in said and "Traceback" not in said
+
+
+CUSTOM = """
+import torch
+from torch import nn
+
+class Bigram(nn.Module):
+    def __init__(self, vocab_size, block_size, width, fault=False):
+        super().__init__()
+        self.embed, self.out = nn.Embedding(vocab_size, width), nn.Linear(width, vocab_size)
+        self.fault = fault
+
+    def forward(self, idx):
+        if self.fault and idx.sum().item() > 0:
+            raise RuntimeError
+        return self.out(self.embed(idx))
+"""
+
+
+def test_custom_models(gptlab, tmp_path):
+    """By child, with torch's count; a model whose path depends on values is refused in one line."""
+    (tmp_path / "own.py").write_text(CUSTOM)
+    (tmp_path / "conf/model").mkdir(parents=True)
+    (tmp_path / "conf/model/own.yaml").write_text("_target_: own.Bigram\nwidth: 4\nfault: false\n")
+    given = ["--config-dir", "conf", "model=own", "vocab_size=10", "data.block_size=8"]
+    found = report(gptlab, *given)
+    assert {part: number(cells[0]) for part, cells in found["parameters"].items()} == {
+        "embed": 40, "out": 50, "total": 90, "without embeddings": 90}  # fmt: skip
+    assert found["FLOPs per token"]["all matrix products"][:2] == ["80", "240"]
+    refused = gptlab("sizing", *given, "model.fault=true", status=2).stderr
+    assert refused.startswith("\nerror: model._target_=own.Bigram: cannot run on tensors without data")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["tokens=-1"], "tokens=-1: must be >= 1"),
+        (["mfu=40"], "mfu=40: must be <= 1"),
+        (["flops_per_s=0"], "flops_per_s=0: must be > 0"),
+        (["tokenz=3"], "unknown key tokenz; did you mean tokens?"),
+        (["model.n_head=5"], "model.n_embd=768 must be divisible by model.n_head=5"),
+        (["model=gpt3"], "model=gpt3: unknown option"),
+        (["data.block_size=null"], "data.block_size=null: must be an integer"),
+        (["model.n_layers=3"], "unknown key model.n_layers; did you mean model.n_layer?"),
+    ],
+)
+def test_wrong_settings_are_one_line(gptlab, arguments, said):
+    stderr = gptlab("sizing", *arguments, status=2).stderr
+    assert stderr.strip().startswith(f"error: {said}") and len(stderr.strip().splitlines()) == 1
+
+
+def test_lightning_is_not_imported(tmp_path):
+    """It would double the time of an answer that needs none of it."""
+    program = "import sys; sys.argv = ['sizing', 'model.n_layer=1', 'data.block_size=8', 'vocab_size=9']\nfrom gptlab import cli, sizing; cli.main(sizing.size, 'sizing')"
+    assert "lightning" not in modules_after(program)
