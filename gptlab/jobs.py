@@ -118,18 +118,21 @@ def run(
     shares = list(gpu_shares(n_jobs))
     with forwarding(live) as signals:
         while live or (waiting and not signals):
-            while waiting and len(live) < n_jobs and not signals:
-                job = waiting.pop(0)
-                job.start(environment | shares[0])
-                job.gpus = shares.pop(0)
-                live.append(job)
-                screen.started(job)
-                on_change({other.folder.name for other in live})
+            changed = False
             for job in [job for job in live if job.process.poll() is not None]:
                 live.remove(job)
                 shares.append(job.gpus)
                 screen.ended(job, job.conclude(job.process.returncode))
-                on_change({other.folder.name for other in live})
+                changed = True
+            while waiting and len(live) < n_jobs and not signals:
+                job = waiting.pop(0)
+                job.gpus = shares.pop(0)
+                job.start(environment | job.gpus)
+                live.append(job)
+                screen.started(job)
+                changed = True
+            if changed:
+                on_change({job.folder.name for job in live})
             screen.refresh(live, len(waiting), n_jobs)
             time.sleep(POLL)
     return signals[-1] if signals else None

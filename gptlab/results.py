@@ -162,7 +162,8 @@ def make_tables(jobs: list[Job], varied: Sequence[str], metric: str | None, at: 
             one.jobs.append(job)
             if (score := job.score(chosen, at)) is not None:
                 one.scores[str(job.values.get("seed", job.config.get("seed")))] = score
-        ranked = [one for one in configurations.values() if one.scores]
+        # Without its pruned seeds, the mean of a configuration would be that of the better ones.
+        ranked = [one for one in configurations.values() if one.scores and all(j.status != "pruned" for j in one.jobs)]
         ranked.sort(key=lambda one: one.mean, reverse=higher_is_better(chosen))
         tables.append(Table(group[0].agreement(), keys, chosen, at, group, ranked))
     return tables
@@ -209,7 +210,8 @@ def markdown(title: str, jobs: list[Job], tables: list[Table], varied: Sequence[
         better = "higher" if higher_is_better(table.metric) else "lower"
         lines += [f"{cell(table.metric)} at the {table.at} validation, {better} is better:", ""]
         lines += [grid(ranking(table)), "", *verdict(table.ranked), ""]
-    ranked = {job for table in tables for job in table.jobs if job.score(table.metric, table.at) is not None}
+    configurations = [(table, one) for table in tables for one in table.ranked]
+    ranked = {job for table, one in configurations for job in one.jobs if job.score(table.metric, table.at) is not None}
     rest: list[list[Any]] = [
         [*(job.values.get(key, "") for key in varied), job.steps() or 0, job.status, job.name, job.error]
         for job in jobs

@@ -57,7 +57,7 @@ def size(cfg: config.Sizing) -> None:
     peaks = {"flops_per_s": cfg.flops_per_s} if cfg.flops_per_s else PEAK_FLOPS
     times = {name: tokens * training / (processes * peak * cfg.mfu) for name, peak in peaks.items()}
     rows = [(name, f"{peaks[name] / 1e12:g} TFLOP/s", format_time(time)) for name, time in times.items()]
-    table(f"time for {tokens:,} tokens on {processes} at {cfg.mfu:.0%} of the peak", rows)
+    table(f"time for {tokens:,} tokens on {processes} x the peak of a device, at {cfg.mfu:.0%} of it", rows)
 
 
 def read_sizes(cfg: config.Sizing) -> tuple[int, int, int, int | None]:

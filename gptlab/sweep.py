@@ -24,11 +24,11 @@ from gptlab.errors import JobError, MissingFileError, UserError
 from gptlab.run import Run, is_first_process, write_json
 
 INDEX = "sweep.json"
-HARMLESS = (
+HARMLESS = {
     *cli.SWEEP_KEYS.values(),
     "hydra/launcher",
     "hydra/sweeper",
-)  # what sweep.json may say to Hydra without trust
+}  # what sweep.json may say to Hydra without trust
 Metric = Literal["val/loss", "val/perplexity", "val/bits_per_byte", "val/accuracy"]
 
 replayed: "Sweep | None" = None  # the one that this command line resumes
@@ -76,12 +76,12 @@ class Sweep(config.Node):
         write_json(self.folder / INDEX, self.model_dump())
         current = self
 
-    def run(self, job: Job) -> Run:
+    def run_of(self, job: Job) -> Run:
         return Run(self.folder / job.folder)
 
     def is_done(self, job: Job) -> bool:
         """Whether nothing is left to do, also with the limits that a resume has changed."""
-        run = self.run(job)
+        run = self.run_of(job)
         if run.state() not in ("finished", "pruned"):
             return False
         ended = f"trainer.{run.read_summary()['ended']}"
@@ -109,7 +109,7 @@ class Sweep(config.Node):
         """Threads of all processes of the first job that has started."""
         for job in self.jobs:
             if (self.folder / job.folder / "config.yaml").exists():
-                trainer = self.run(job).read_config()["trainer"]
+                trainer = self.run_of(job).read_config()["trainer"]
                 return trainer["threads"] * trainer["devices"]
         return None
 
@@ -146,8 +146,7 @@ class Sweep(config.Node):
         for override in overrides:
             if (key := key_of(override)) in self.varied:
                 value = config.select(saved, key)
-                is_option = isinstance(value, dict | None) or key in ("resume",)
-                values[key] = override.partition("=")[2] if is_option else value
+                values[key] = override.partition("=")[2] if isinstance(value, dict | None) else value
         return values
 
     def _threads(self, cfg: config.Train) -> int | None:
@@ -163,7 +162,7 @@ class Sweep(config.Node):
 
     def goal(self, job: Job) -> float | None:
         """What a search minimizes; None if the job has not finished."""
-        summary = self.run(job).read_summary()
+        summary = self.run_of(job).read_summary()
         value = summary and summary[self.at].get(self.metric or "val/loss")
         return -value if value is not None and self.metric == "val/accuracy" else value
 
@@ -355,4 +354,4 @@ def conclude() -> int:
     print(f"\n{results.update(current)}\n\nresults: {Run(current.folder)}/results.md")
     if left := [job for job in current.jobs if not current.is_done(job)]:
         print(f"\n{len(left)} of {len(current.jobs)} jobs are not finished; to resume:\n  {current.resume_command()}")
-    return len([job for job in left if current.run(job).state() == "failed"])
+    return len([job for job in left if current.run_of(job).state() == "failed"])

@@ -125,7 +125,7 @@ def test_states(make):
     finish(state, placed[2])
     finish(state, placed[3], ended="pruned")
     states = ["interrupted", "failed", "finished", "pruned", "waiting"]
-    assert [state.run(job).state() for job in placed] == states
+    assert [state.run_of(job).state() for job in placed] == states
     assert [state.is_done(job) for job in placed] == [False, False, True, True, False]
 
 
