@@ -173,6 +173,11 @@ def error_text(error: BaseException, composing: bool = False) -> str | None:
                 f"; did you mean {' or '.join(options)}?" if options else "; quote values with spaces: 'KEY=two words'"
             )
             return f"{given}: settings are KEY=VALUE{meant}"
+    for name, key in SWEEP_KEYS.items():
+        if f"full_key: {key}\n" in f"{error.__cause__ or error}\n":
+            return (
+                f"{name}: this sweep has no such setting; n_jobs is for hydra/launcher=local, n_trials for sweep=optuna"
+            )
     if composing or isinstance(error, HydraException | OmegaConfBaseException | YAMLError):
         texts = [str(e) for e in chain if str(e)] or [repr(error)]
         detail = next((str(e) for e in chain if isinstance(e, OmegaConfBaseException | YAMLError)), "")

@@ -105,6 +105,16 @@ def test_every_state_of_a_job(tmp_path):
     )
 
 
+def test_a_configuration_with_a_pruned_seed_is_not_ranked(tmp_path):
+    """Its other seeds are the lucky ones: here they would win."""
+    jobs = combinations(optim__lr=[1.0, 2.0], seed=[1, 2])
+    write_sweep(tmp_path / "s", jobs, [1.0, None, 2.0, 2.0])
+    write_run(tmp_path / "s/1", jobs[1], 9.0, ended="pruned")
+    ranked, _, rest = results.update(Sweep.read(tmp_path / "s"), picture=False).partition("Not ranked:")
+    assert "| 1.0000" not in ranked and "| 2.0000" in ranked
+    assert "| finished | 0 " in rest and "| pruned   | 1 " in rest
+
+
 @pytest.mark.parametrize(
     ("a", "b", "why"),
     [

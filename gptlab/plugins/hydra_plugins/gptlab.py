@@ -14,6 +14,10 @@ class Local(Launcher):
     """Each job is a process of its own on this machine, `n_jobs` at a time."""
 
     def __init__(self, n_jobs: int = 1) -> None:
+        from gptlab.errors import UserError
+
+        if type(n_jobs) is not int or n_jobs < 1:
+            raise UserError(f"n_jobs={n_jobs}: must be an integer >= 1")
         self.n_jobs = n_jobs
 
     def setup(self, *, hydra_context: Any, task_function: Any, config: Any) -> None:
@@ -47,6 +51,7 @@ class Grid(Sweeper):
 
     def sweep(self, arguments: list[str]) -> None:
         from gptlab import sweep
+        from gptlab.errors import UserError
 
         choices = {}
         for given in self.parse(arguments):
@@ -56,7 +61,9 @@ class Grid(Sweeper):
                 key = given.get_key_element()
                 choices[given.key_or_group] = [f"{key}={value}" for value in given.sweep_string_iterator()]
             else:
-                raise sweep.UserError(f"{given.input_line}: a grid needs single values; a range is for sweep=optuna")
+                raise UserError(
+                    f"{given.input_line.lstrip('+')}: a grid takes single values; add sweep=optuna for a range"
+                )
         combinations = [list(combination) for combination in itertools.product(*choices.values())]
         if self.entry != "train":
             sweep.check_all(combinations, self.compose)
