@@ -4,6 +4,7 @@ print("""gptlab: experiments with GPT language models
 
   python -m gptlab.train      train a model, resume a run, or run a sweep (-m)
   python -m gptlab.sample     write text with a trained model
+  python -m gptlab.compare    compare runs and sweeps
 
---help after either lists its settings; README.md shows the way.
+--help after any of them lists its settings; README.md shows the way.
 Documents become token files with scripts/prepare_openwebtext.py in a clone.""")

@@ -49,7 +49,7 @@ class Job:
     def curve(self, metric: str) -> tuple[list[float], list[float]]:
         """Steps and finite values in metrics.jsonl."""
         points: list[tuple[float, float]] = []
-        with suppress(OSError, UserError):
+        with suppress(OSError, UserError, RecursionError):
             entries = [entry for entry in read_metrics(self.folder / "metrics.jsonl") if isinstance(entry, dict)]
             points = [(entry.get("step"), entry.get(metric)) for entry in entries]
         points = [point for point in points if all(map(is_number, point))]
@@ -147,13 +147,14 @@ def read_job(folder: Path, name: str, values: dict[str, Any], running: bool = Fa
             raise UserError("cannot read summary.json")
         if summary is not None or (folder / "config.yaml").exists():
             config, status = dict(leaf_values(run.read_config())), "interrupted"
+            str(config)  # ValueError for an integer of thousands of digits
         if running:
             status = "running"
         elif summary is not None:
             status = "pruned" if summary["ended"] == "pruned" else "finished"
         elif reason.is_file():
             status, error = "failed", reason.read_text("utf-8", "replace").partition("\n")[0]
-    except UserError as damage:
+    except (ValueError, OSError) as damage:
         status, error = "damaged", str(damage)
     return Job(folder, name, status, values, config, run.read_description() or {}, summary or {}, error)
 
