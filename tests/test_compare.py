@@ -109,7 +109,7 @@ def test_a_damaged_sweep_json_is_a_warning(folder, capsys):
     assert "warning: " in captured.err and "4 runs, 4 finished" in captured.out
 
 
-DAMAGE = [b"", b"\xff\xfe", b"null", b"3", b"[]", b"{}", b"{", b"[" * 100_000, b"a: 0x" + b"f" * 9000, b"a: {b: 0x" + b"f" * 9000 + b"}",
+DAMAGE = [b"", b"\xff\xfe", b"null", b"3", b"[]", b"{}", b"{", b"[" * 1100, b"a: 0x" + b"f" * 9000, b"a: {b: 0x" + b"f" * 9000 + b"}",
           b'{"data": 3, "last": [], "best": 0, "steps": {}, "ended": [], "why": 0}', b"[1]\n{}\n[1]\n{\"step\": \"x\"}\n"]  # fmt: skip
 
 
