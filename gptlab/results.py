@@ -155,7 +155,7 @@ def read_job(folder: Path, name: str, values: dict[str, Any], running: bool = Fa
         elif reason.is_file():
             status, error = "failed", reason.read_text("utf-8", "replace").partition("\n")[0]
     except (ValueError, OSError) as damage:
-        status, error = "damaged", str(damage)
+        config, status, error = {}, "damaged", str(damage)
     return Job(folder, name, status, values, config, run.read_description() or {}, summary or {}, error)
 
 
