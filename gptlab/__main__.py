@@ -4,7 +4,8 @@ print("""gptlab: experiments with GPT language models
 
   python -m gptlab.train      train a model, resume a run, or run a sweep (-m)
   python -m gptlab.sample     write text with a trained model
+  python -m gptlab.compare    compare runs and sweeps
   python -m gptlab.sizing     parameters, FLOPs, memory and time of a training, before it runs
 
---help after each lists its settings; README.md shows the way.
+--help after any of them lists its settings; README.md shows the way.
 Documents become token files with scripts/prepare_openwebtext.py in a clone.""")

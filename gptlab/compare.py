@@ -1,6 +1,7 @@
 """python -m gptlab.compare FOLDER...: runs and sweeps side by side, as tables on the terminal or as files."""
 
 import argparse
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ Runs that differ in seed alone are one configuration. Writes nothing but what ou
 # What no run differs in, as far as its results go: the machine, and where data lie (tables compare their checksums).
 IGNORED = {"data.name", "data.url", "data.sha256", "data.file", "data.fallback", *resume.FOLLOWS,
            *resume.RESUME_MAY_CHANGE} - {"trainer.max_steps", "trainer.max_time", "optim.decay_steps", "optim.skip_nonfinite"}  # fmt: skip
-SHOWN_ONLY = ("callbacks.progress.", "callbacks.sample_text.", "callbacks.throughput.")
+SHOWN_ONLY = ("callbacks.progress.", "callbacks.sample_text.")
 
 
 def compare(arguments: list[str]) -> None:
@@ -51,19 +52,20 @@ def compare(arguments: list[str]) -> None:
         print(results.markdown(title, jobs, results.make_tables(jobs, varied, metric, at), varied))
         return
     folder = Path(out).expanduser()
-    if not is_free(folder):
-        raise UserError(f"out={out} holds other files than a comparison; name another folder")
-    print(results.write(folder, title, jobs, varied, metric, at))
+    try:
+        if not is_free(folder):
+            raise UserError(f"out={out} holds other files than a comparison; name another folder")
+        print(results.write(folder, title, jobs, varied, metric, at))
+    except OSError as error:
+        raise UserError(f"out={out}: {error.strerror}; name another folder") from None
     print(f"written: {Run(folder)}/results.csv, results.md, results.png")
 
 
 def is_free(folder: Path) -> bool:
     """Whether it is new, empty, or holds an earlier comparison alone."""
-    names, table = {path.name for path in folder.iterdir()} if folder.is_dir() else set(), folder / "results.csv"
-    if names:
-        files = {"results.csv", "results.md", "results.png"}
-        return names <= files and table.is_file() and table.read_bytes().startswith(b"folder,status,")
-    return folder.is_dir() or not folder.exists()
+    names, table = set(os.listdir(folder)) if folder.exists() else set(), folder / "results.csv"
+    ours = {"results.csv", "results.md", "results.png"}
+    return not names or (names <= ours and table.is_file() and table.read_bytes().startswith(b"folder,status,"))
 
 
 def find_jobs(path: Path) -> list[results.Job]:
@@ -78,7 +80,8 @@ def find_jobs(path: Path) -> list[results.Job]:
         except UserError as error:
             print(f"warning: {printable(str(error))}", file=sys.stderr)
     for name in ("run.json", "summary.json"):
-        jobs = {file.parent: {} for file in sorted(path.rglob(name))} | jobs
+        for file in sorted(path.rglob(name)):
+            jobs.setdefault(file.parent, {})
     if (path / "config.yaml").exists():
         jobs.setdefault(path, {})
     if not jobs:
@@ -94,9 +97,8 @@ def select(jobs: list[results.Job], settings: dict[str, str]) -> list[results.Jo
         found = {job: {**job.values, **job.config} for job in jobs}
         values = {job: known[full] for job, known in found.items() if full in known}
         if not values:
-            raise UserError(
-                f"unknown key {key}{did_you_mean(key, list({k: 0 for known in found.values() for k in known}))}"
-            )
+            known = list(dict.fromkeys(name for known in found.values() for name in known))
+            raise UserError(f"unknown key {key}{did_you_mean(key, known)}")
         jobs = [job for job, value in values.items() if any(equal(value, text) for text in wanted.split(","))]
         if not jobs:
             differing = sorted({results.shown(value) for value in values.values()})

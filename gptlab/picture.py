@@ -34,10 +34,9 @@ def draw(tables: list[Table]) -> bytes:
 
 def draw_curves(axes: Any, table: Table, colors: dict[Configuration, str]) -> None:
     """Losses of all runs, dotted where a run has not finished; those of training thin, if there is space."""
-    configuration = {job: one for one in table.ranked for job in one.jobs}
-    late: list[float] = []
-    for job in reversed(table.jobs):  # the best on top
-        color, line = colors.get(configuration.get(job), GRAY), "-" if job.status == "finished" else ":"
+    late, ranked = [], {job: one for one in reversed(table.ranked) for job in one.jobs}
+    for job in [*(job for job in table.jobs if job not in ranked), *ranked]:  # the best on top
+        color, line = colors.get(ranked.get(job), GRAY), "-" if job.status == "finished" else ":"
         steps, losses = job.curve("val/loss")
         axes.plot(steps, losses, line, color=color, linewidth=1.3, marker="." if len(steps) < 30 else "")
         if len(table.jobs) <= 6:
@@ -50,7 +49,7 @@ def draw_curves(axes: Any, table: Table, colors: dict[Configuration, str]) -> No
         axes.plot([], [], color=color, label=label(name, 44))
     if len(table.ranked) > len(colors):
         axes.plot([], [], color=GRAY, label=f"{len(table.ranked) - len(colors)} more")
-    axes.legend(frameon=False, fontsize=7, loc="upper right")
+    axes.legend(edgecolor="none", framealpha=0.7, fontsize=7, loc="upper right")
     axes.set_title(label(table.agreement["stopping rule"], 60), loc="left", fontsize=8)
     set_style(axes, "optimizer steps", "val/loss" + " (thin: train/loss)" * (len(table.jobs) <= 6))
 

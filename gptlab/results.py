@@ -50,7 +50,7 @@ class Job:
     def curve(self, metric: str) -> tuple[list[float], list[float]]:
         """Steps and finite values in metrics.jsonl."""
         points: list[tuple[float, float]] = []
-        with suppress(OSError, UserError):
+        with suppress(OSError, UserError, RecursionError):
             entries = [entry for entry in read_metrics(self.folder / "metrics.jsonl") if isinstance(entry, dict)]
             points = [(entry.get("step"), entry.get(metric)) for entry in entries]
         points = [point for point in points if all(map(is_number, point))]
@@ -135,10 +135,11 @@ def read_job(folder: Path, name: str, values: dict[str, Any], running: bool = Fa
             raise UserError("cannot read summary.json")
         if summary or (folder / "config.yaml").exists():
             config = dict(leaf_values(run.read_config()))
+            str(config)  # ValueError for an integer of thousands of digits
         if status == "failed":
             error = (folder / ERROR).read_text("utf-8", "replace").partition("\n")[0]
-    except UserError as damage:
-        status, error = "damaged", str(damage)
+    except (ValueError, OSError) as damage:
+        config, status, error = {}, "damaged", str(damage)
     status = "running" if running else status
     return Job(folder, name, status, values, config, run.read_description() or {}, summary or {}, error)
 

@@ -224,7 +224,7 @@ class Run:
         """None if the file is missing or damaged: these files are rewritten."""
         try:
             value = json.loads((self.folder / name).read_text("utf-8"))
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             return None
         return value if isinstance(value, dict) else None
 

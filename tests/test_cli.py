@@ -150,7 +150,7 @@ def test_the_first_process_of_a_run(monkeypatch, environment, first):
         (["-m", "seed=1,2", "hydra.sweep.subdir=x"], "jobs are numbered"),
         (["n_jobs=2"], "n_jobs=2: only a sweep has n_jobs; add -m"),
         (["-m", "seed=1,2", "n_jobs=0"], "n_jobs=0: must be an integer >= 1"),
-        (["-m", "seed=1,2", "n_trials=3"], "n_trials is for sweep=optuna"),
+        (["-m", "seed=1,2", "n_trials=3"], "n_trials for sweep=optuna"),
         (["-m", "seed=1,2", "metric=loss"], "metric=loss: must be "),
         (["-m", "optim.lr=interval(0,1)"], "optim.lr=interval(0,1): a grid takes single values; add sweep=optuna"),
         (["sweep=seeds", "seed=1,x"], "1 of 2 jobs cannot run, so none was started"),

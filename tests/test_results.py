@@ -243,13 +243,10 @@ def test_the_verdict_has_the_error_rate_and_power_that_it_states():
 
 def test_the_picture_has_a_panel_for_each_key(tmp_path):
     """Curves and two keys, 5.5 inches and 4 for each key at 110 dpi; a row for each table."""
-    write_sweep(tmp_path / "grid", combinations(optim__lr=[0.001, 0.01], model__n_layer=[2, 4], seed=[1, 2]), [2.0] * 8)
-    write_sweep(tmp_path / "steps", combinations(trainer__max_steps=[100, 200], optim__lr=[1.0, 2.0]), [2.0] * 4)
-    sizes = []
-    for name in ("grid", "steps"):
-        results.update(Sweep.read(tmp_path / name))
-        sizes.append(png_size((tmp_path / name / "results.png").read_bytes()))
-    assert sizes == [(1485, 396), (1045, 792)]
+    jobs = combinations(trainer__max_steps=[100, 200], optim__lr=[0.001, 0.01], model__n_layer=[2, 4])
+    write_sweep(tmp_path / "s", jobs, [2.0] * 8)
+    results.update(Sweep.read(tmp_path / "s"))
+    assert png_size((tmp_path / "s/results.png").read_bytes()) == (1485, 792)
 
 
 @pytest.mark.parametrize(
@@ -295,7 +292,7 @@ assert not {{"torch", "scipy", "matplotlib", "lightning"}} & sys.modules.keys()"
     assert times()[2] > before[2]
     for suffix in ("csv", "md", "png"):
         os.unlink(tmp_path / f"s/results.{suffix}")
-        results.update(Sweep.read(tmp_path / "s"))
+        results.update(Sweep.read(tmp_path / "s"), picture=suffix == "png")
         assert all(times())
 
 
