@@ -69,61 +69,62 @@ def fit(n: np.ndarray, d: np.ndarray, loss: np.ndarray) -> tuple[Law, float]:
     residuals = np.sort(np.abs(np.logaddexp.reduce(terms(best.x)) - y))[len(best.x) :]  # that fit meets some exactly
     delta = max(3 * np.median(residuals) / stats.norm.ppf(0.75), 1e-6)
     e, a, b, alpha, beta = descend(best.x, delta).x
-    return Law(np.exp(e), np.exp(a + alpha * log_n.mean()), np.exp(b + beta * log_d.mean()), alpha, beta), delta
+    factors = np.exp((a + alpha * log_n.mean(), b + beta * log_d.mean()))
+    return Law(np.exp(e).round(9), *factors, alpha, beta), delta
 
 
-def intervals(
-    n: np.ndarray, d: np.ndarray, loss: np.ndarray, law: Law, delta: float, flops: float, level: float = 0.95
-) -> dict[str, tuple[float, float]]:
-    """Intervals that hold all five constants at once, and the optimal size for `flops`, with probability `level`.
+def intervals(n: np.ndarray, d: np.ndarray, loss: np.ndarray, law: Law, delta: float, flops: float) -> dict[str, tuple]:
+    """Intervals that hold all five constants at once with a probability of 95 %; of the optimal size N for `flops`, too.
 
     Profile likelihood (Bates & Watts 1988, chapter 6): with alpha and beta given, the law is linear in E, A and B. So over a
-    grid of exponents the residual sum of squares is exact, and a constant's interval is where the lowest sum that its value
-    allows stays below a threshold: Student's t, by Bonferroni for five. Constants are >= 0. Runs that the fit treats as
-    outliers keep the weight that Huber's loss gave them.
+    grid of exponents the lowest sum of squares is exact, and the interval of a constant holds the values with which that sum
+    can stay below a threshold, by Student's t and Bonferroni for five. Runs that the fit treats as outliers keep the weight
+    that Huber's loss gave them.
     """
     predicted = law.loss(n, d)
     weight = np.minimum(1, delta / np.maximum(np.abs(np.log(loss / predicted)), 1e-12)) ** 0.5 / predicted
-    freedom = len(loss) - len(NAMES)
-    t = stats.t.ppf(1 - (1 - level) / 2 / len(NAMES), freedom)
-    log_n, log_d = np.log(n / n.mean()), np.log(d / d.mean())
-    ranges, minimum = {"alpha": EXPONENTS, "beta": EXPONENTS}, np.inf
+    freedom, points = len(loss) - len(NAMES), 80
+    t = stats.t.ppf(1 - 0.05 / 2 / len(NAMES), freedom)
+    ranges, lowest = [EXPONENTS, EXPONENTS], np.inf
     for _ in range(3):  # the whole plane, then closer
-        alpha, beta = (axis.ravel() for axis in np.meshgrid(*(np.geomspace(*ranges[name], 80) for name in ranges)))
-        X = np.stack(np.broadcast_arrays(1.0, np.exp(-alpha[:, None] * log_n), np.exp(-beta[:, None] * log_d)), -1)
-        X = X * weight[:, None]
-        covariance = np.linalg.inv(X.transpose(0, 2, 1) @ X)
-        factors = (covariance @ (X.transpose(0, 2, 1) @ (weight * loss)[:, None]))[..., 0]
-        rss = ((X @ factors[..., None])[..., 0] - weight * loss) ** 2 @ np.ones_like(loss)
-        free, free_rss, variance = factors[:, 0], rss, np.einsum("kii->ki", covariance)
-        bound = np.minimum(free, 0)  # where E would be negative it is 0, and A and B follow
-        to_E = covariance[:, 0] / covariance[:, :1, 0]
-        factors, rss = factors - bound[:, None] * to_E, rss + bound**2 / variance[:, 0]
-        variance = variance - (bound < 0)[:, None] * to_E**2 * variance[:, :1]
-        rss = np.where((factors[:, 1:] > 0).all(axis=1), rss, np.inf)
-        minimum = min(minimum, rss.min())
-        if minimum == np.inf:
-            sys.exit(
-                "error: the loss does not fall with both N and D, so there is no such law; train larger or longer runs"
-            )
-        threshold = minimum * (1 + t**2 / freedom)
-        near = rss <= threshold
-        for name, axis in (("alpha", alpha), ("beta", beta)):
-            step = (ranges[name][1] / ranges[name][0]) ** (1 / 79)
-            ranges[name] = (max(axis[near].min() / step, EXPONENTS[0]), min(axis[near].max() * step, EXPONENTS[1]))
-    alpha, beta, factors, variance = alpha[near], beta[near], factors[near], variance[near]
-    half = np.sqrt(variance[:, 1:] * (threshold - rss[near])[:, None])
-    half_E = np.sqrt(covariance[near, 0, 0] * (threshold - free_rss[near]))
-    scales = np.stack((n.mean() ** alpha, d.mean() ** beta), axis=1)
-    low, high = (np.maximum(factors[:, 1:] + sign * half, 0) * scales for sign in (-1, 1))
-    best = Law(factors[:, 0], factors[:, 1] * scales[:, 0], factors[:, 2] * scales[:, 1], alpha, beta).optimal_size(
-        flops
-    )
-    found = {"E": (max((free[near] - half_E).min(), 0), (free[near] + half_E).max())}
-    found |= {name: (low[:, i].min(), high[:, i].max()) for i, name in enumerate("AB")}
-    for name, (lower, upper) in ranges.items():
-        found[name] = (lower if lower > EXPONENTS[0] else 0, upper if upper < EXPONENTS[1] else np.inf)
-    return found | {"N": (best.min(), best.max())}
+        alpha, beta = (axis.ravel() for axis in np.meshgrid(*(np.geomspace(*ends, points) for ends in ranges)))
+        A_terms, B_terms = (n / n.min()) ** -alpha[:, None], (d / d.min()) ** -beta[:, None]
+        X = np.stack((np.ones_like(A_terms), A_terms, B_terms), -1) * weight[:, None]
+        E, factors, variance, free_rss, rss = least_squares(X, weight * loss)
+        lowest = min(lowest, rss.min())
+        if lowest == np.inf:
+            sys.exit("error: no such law fits, as loss does not fall with both N and D; train larger and longer runs")
+        near = rss <= lowest * (1 + t**2 / freedom)
+        for i, axis in enumerate((alpha, beta)):
+            step = (ranges[i][1] / ranges[i][0]) ** (1 / (points - 1))
+            ranges[i] = (max(axis[near].min() / step, EXPONENTS[0]), min(axis[near].max() * step, EXPONENTS[1]))
+    alpha, beta, room = alpha[near], beta[near], lowest * (1 + t**2 / freedom)
+    A, B = (factors[near] * np.stack((n.min() ** alpha, d.min() ** beta), 1)).T
+    halves = np.sqrt(variance[near] * (room - np.stack((free_rss, rss, rss), 1)[near]))
+    found = {"E": (max((E[near] - halves[:, 0]).min(), 0), (E[near] + halves[:, 0]).max())}
+    relative = halves[:, 1:] / factors[near]
+    for name, values, half in (("A", A, relative[:, 0]), ("B", B, relative[:, 1])):
+        found[name] = (max((values * (1 - half)).min(), 0), (values * (1 + half)).max())
+    for name, (low, high) in zip(("alpha", "beta"), ranges, strict=True):
+        found[name] = (low if low > EXPONENTS[0] else 0, high if high < EXPONENTS[1] else np.inf)
+    spread = np.exp(np.hypot(*relative.T) / (alpha + beta))  # of A / B
+    best = Law(0, A, B, alpha, beta).optimal_size(flops)
+    return found | {"N": ((best / spread).min(), (best * spread).max())}
+
+
+def least_squares(X: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, ...]:
+    """Fits of y (m,) to each X (K, m, 3): E (K,), then A and B (K, 2) if E may not be negative, the variances of all three for
+    noise of 1 (K, 3), the sum of squares (K,), and the same if E may not be negative; infinite where A or B would be."""
+    covariance = np.linalg.pinv(X.transpose(0, 2, 1) @ X, hermitian=True)
+    factors = (covariance @ (X.transpose(0, 2, 1) @ y)[..., None])[..., 0]
+    free_rss = (((X @ factors[..., None])[..., 0] - y) ** 2).sum(axis=1)
+    E, variance = factors[:, 0], np.einsum("kii->ki", covariance)
+    below, follow = np.minimum(E, 0), covariance[:, 1:, 0] / variance[:, :1]  # E = 0, and what A and B do for it
+    rss = free_rss + below**2 / variance[:, 0]
+    factors = factors[:, 1:] - below[:, None] * follow
+    held = variance[:, 1:] - (below < 0)[:, None] * follow**2 * variance[:, :1]
+    rss = np.where((factors > 0).all(axis=1), rss, np.inf)
+    return E, factors, np.concatenate((variance[:, :1], held), axis=1), free_rss, rss
 
 
 def train(out: Path, sizes: str, steps: str, overrides: list[str]) -> None:
@@ -139,28 +140,29 @@ def train(out: Path, sizes: str, steps: str, overrides: list[str]) -> None:
 def read_runs(folders: list[Path]) -> np.ndarray:
     """(N, D, L) of each finished run in run and sweep folders."""
     from gptlab import checkpoint
+    from gptlab.errors import UserError
     from gptlab.run import Run, find_checkpoint
 
-    paths = sorted(path.parent for folder in folders for path in folder.glob("**/run.json"))
     rows, data = [], set()
-    for path in paths:
-        summary, config = Run(path).read_summary(), Run(path).read_config()
-        if not summary or summary.get("last", {}).get("val/loss") is None:
-            print(f"left out: {path} is not finished, or diverged")
-        elif config["optim"]["schedule"] == "cosine" and config["optim"]["decay_steps"] != summary["steps"]:
-            print(f"left out: {path} ended at step {summary['steps']}, its cosine at {config['optim']['decay_steps']}")
-        else:
+    for path in sorted(path.parent for folder in folders for path in folder.glob("**/run.json")):
+        try:
+            summary, config = Run(path).read_summary() or {}, Run(path).read_config()
+            loss = summary.get("last", {}).get("val/loss")
+            if loss is None:
+                raise UserError("not finished, or diverged")
+            if config["optim"]["schedule"] == "cosine" and config["optim"]["decay_steps"] != summary["steps"]:
+                raise UserError("the cosine of its learning rate does not end with it")
             weights = checkpoint.read(find_checkpoint(str(path)), mmap=True)["state_dict"]
             n = sum(weights[name].numel() for name in weights if not name.endswith(("wpe.weight", "lm_head.weight")))
             tokens = summary["steps"] * config["data"]["batch_size"] * config["data"]["block_size"]
-            rows.append((n, tokens, summary["last"]["val/loss"]))
+            rows.append((n, tokens, loss))
             data.add(summary["data"]["sha256"])
+        except (UserError, KeyError, TypeError, AttributeError) as error:
+            print(f"left out: {path}: {error}")
     if len(data) > 1:
         sys.exit("error: the runs were trained on different data; fit those of one data set")
     if len(rows) < 8 or min(len({row[i] for row in rows}) for i in (0, 1)) < 3:
-        sys.exit(
-            f"error: {len(rows)} finished runs; at least 8, of 3 sizes and 3 budgets, are needed to fit 5 constants"
-        )
+        sys.exit(f"error: {len(rows)} finished runs; five constants need at least 8, of 3 sizes and 3 budgets")
     return np.array(rows, dtype=float).T
 
 
@@ -178,9 +180,8 @@ def plot(out: Path, n: np.ndarray, d: np.ndarray, loss: np.ndarray, law: Law) ->
         tokens = np.geomspace(d.min() / 1.5, d.max() * 1.5, 100)
         left.plot(6 * size * tokens, law.loss(size, tokens), color=color, linewidth=1)
         left.plot(6 * size * d[own], loss[own], "o", color=color, markersize=5, label=f"{size:,.0f}")
-        right.plot(
-            law.loss(size, d[own]), 100 * (loss[own] / law.loss(size, d[own]) - 1), "o", color=color, markersize=5
-        )
+        fitted = law.loss(size, d[own])
+        right.plot(fitted, 100 * (loss[own] / fitted - 1), "o", color=color, markersize=5)
     flops = np.geomspace(6 * (n * d).min() / 1.5, 6 * (n * d).max() * 1.5, 100)
     best = law.optimal_size(flops)
     left.plot(flops, law.loss(best, flops / 6 / best), "k--", linewidth=1.2, label="compute-optimal")

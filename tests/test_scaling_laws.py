@@ -136,10 +136,12 @@ def test_runs_are_read_fitted_and_drawn(study, tmp_path, capsys):
     (tmp_path / "study/1/summary.json").unlink()
     write_run(tmp_path / "other/diverged", 40, 100, None)
     write_run(tmp_path / "other/cut", 40, 100, 9.0, {"steps": 50})
+    write_run(tmp_path / "other/damaged", 40, 100, 9.0)
+    (tmp_path / "other/damaged/config.yaml").write_text("optim: 3")
     study("--fit-only", "study", "other", "--flops", "1e13", "--out", "made")
     said = capsys.readouterr().out
-    for folder in ("study/1", "other/diverged", "other/cut"):
-        assert f"left out: {folder} " in said
+    for folder in ("study/1", "other/diverged", "other/cut", "other/damaged"):
+        assert f"left out: {folder}: " in said
     assert "from 11 runs" in said
     for name in NAMES:
         value, low, high = map(float, re.search(rf"{name} +(\S+) +\[(\S+), (\S+)\]", said).groups())
@@ -153,7 +155,7 @@ def test_runs_are_read_fitted_and_drawn(study, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--fit-only", "study/0"], "1 finished runs; at least 8, of 3 sizes and 3 budgets"),
+        (["--fit-only", "study/0"], "1 finished runs; five constants need at least 8, of 3 sizes and 3 budgets"),
         (["--fit-only", "study", "elsewhere"], "trained on different data"),
         (["--fit-only", "nowhere"], "no folder nowhere"),
         (["--fit-only", "study", "--flops", "-1"], "--flops must be > 0"),

@@ -1,16 +1,18 @@
 """gptlab.sizing: its numbers against real modules, torch's FLOP counter, real checkpoints, and a known training."""
 
+import copy
 import re
 
 import pytest
 import torch
-from composed import composed
+from composed import composed, errors
 from conftest import TINY
 from test_cli import modules_after
 from torch.utils.flop_counter import FlopCounterMode
 
 from gptlab import config, sizing
 from gptlab.config import CONF
+from gptlab.errors import UserError
 from gptlab.model import GPT
 
 SHAPES = {
@@ -21,14 +23,23 @@ SHAPES = {
 }
 
 
-def report(gptlab, *arguments: str) -> dict[str, dict[str, list[str]]]:
-    """Title -> row -> cells, of what the program prints."""
-    tables = {}
-    for block in gptlab("sizing", *arguments).stdout.strip().split("\n\n"):
-        title, *rows = block.splitlines()
-        cells = [re.split(r"  +", row.strip()) for row in rows]
-        tables[re.split(r"[,:(]| for| \d", title)[0].strip()] = {name: rest for name, *rest in cells}
-    return tables
+@pytest.fixture
+def report(monkeypatch, capsys):
+    """Title -> row -> cells, of what the program prints for a config. `memory=False`: without the estimate, which has its
+    own tests and takes seconds for large models."""
+
+    def run(*overrides: str, memory: bool = True) -> dict[str, dict[str, list[str]]]:
+        if not memory:
+            monkeypatch.setattr("gptlab.memory.estimate_step", lambda *_, **__: None)
+        sizing.size(config.validate(copy.deepcopy(composed("sizing", *overrides)[0]), "sizing"))
+        tables = {}
+        for block in capsys.readouterr().out.strip().split("\n\n"):
+            title, *rows = block.splitlines()
+            cells = [re.split(r"  +", row.strip()) for row in rows]
+            tables[re.split(r"[,:(]| for| \d", title)[0].strip()] = {name: rest for name, *rest in cells}
+        return tables
+
+    return run
 
 
 def number(cell: str) -> int:
@@ -74,45 +85,41 @@ def test_flops_are_those_that_torch_counts(shape):
     assert sum(flops.values()) * 3 <= model.flops_per_token() <= sum(flops.values()) * 3.3
 
 
-def test_gpt2_on_eight_a100(gptlab):
+def test_gpt2_on_eight_a100(report):
     """Published: 124,439,808 parameters; nanoGPT's own run took about 4 days for 300 B tokens."""
-    found = report(gptlab, "model=gpt2", "tokens=300e9", "trainer.devices=8", "data.micro_batch_size=1")
+    found = report("model=gpt2", "tokens=300e9", "trainer.devices=8", memory=False)
     assert found["parameters"]["total"][0] == "124,439,808"
     assert found["parameters"]["without embeddings"][0] == "85,056,000"
     assert found["FLOPs per token"]["total"] == ["284,812,800", "854,438,400"]
-    # 300e9 * 854438400 / (8 * 312e12 * 0.3) s
-    assert found["time"]["A100"] == ["312 TFLOP/s", "4.0 days"]
+    assert found["time"]["A100"] == ["312 TFLOP/s", "4.0 days"]  # 300e9 * 854438400 / (8 * 312e12 * 0.3) s
 
 
-@pytest.mark.parametrize("ema", [False, True])
-def test_checkpoint_size(gptlab, tmp_path, ema):
+@pytest.mark.parametrize("ema", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_checkpoint_size(gptlab, report, tmp_path, ema):
     """Against the file that a run saves; without the optimizer's state it would be a third."""
-    same = ["callbacks=[default,ema]"] if ema else []
-    gptlab("train", *TINY, *same, "model.n_embd=96", "hydra.run.dir=run")
+    same = ["model=gpt-nano", "model.n_embd=96", *["callbacks=[default,ema]"] * ema]
+    gptlab("train", *TINY, *same, "hydra.run.dir=run")
     real = (tmp_path / "run/checkpoints/last.ckpt").stat().st_size
-    said = report(gptlab, "data=python_docs", "model=gpt-nano", "model.n_embd=96", *same)["checkpoint"]
-    (cells,) = said.values()
+    (cells,) = report("data=python_docs", *same, memory=False)["checkpoint"].values()
     assert number(cells[0]) == pytest.approx(real, rel=0.015)
 
 
 @pytest.mark.parametrize("model", sorted(path.stem for path in (CONF / "model").glob("*.yaml")))
-def test_every_model_can_be_sized(model, monkeypatch, capsys):
-    """Without the memory estimate, which has its own tests and takes seconds for the largest."""
-    monkeypatch.setattr("gptlab.memory.estimate_step", lambda *_, **__: None)
-    sizing.size(config.validate(composed("sizing", f"model={model}")[0], "sizing"))
-    printed = capsys.readouterr().out
-    assert "head (tied)" in printed and "weights" in printed and "activations" not in printed
+def test_every_model_can_be_sized(report, model):
+    found = report(f"model={model}", memory=False)
+    assert "head (tied)" in found["parameters"] and "activations" not in found["memory"]
 
 
-def test_experiments_and_data(gptlab):
-    """What gptlab.train would train: tokens of the schedule, block and vocabulary of the data, EMA's copy."""
-    found = report(gptlab, "experiment=addition", "callbacks=[problems,ema]", "flops_per_s=1e12", "mfu=1")
+def test_experiments_and_data(report):
+    """What gptlab.train would train: block and vocabulary of the data, EMA's copy, the peak that is given."""
+    found = report("experiment=addition", "callbacks=[problems,ema]", "flops_per_s=1e12", "mfu=1")
     assert found["parameters"]["position embedding"][0] == f"{6 * 128:,}"
     assert found["parameters"]["token embedding"][0] == f"{10 * 128:,}"
-    assert "copies (EMA, DDP)" in found["memory"]
+    memory = found["memory"]
+    assert {"weights", "copies (EMA, DDP)", "activations", "peak"} <= memory.keys()
     assert found["time"].keys() == {"flops_per_s"}
-    said = gptlab("sizing", "experiment=gpt2_124m", status=2).stderr
-    assert "vocab_size=50257" in said and "Traceback" not in said
+    with pytest.raises(UserError, match="vocab_size=50257"):  # its data are not prepared
+        report("experiment=gpt2_124m", "data.path=nowhere")
 
 
 CUSTOM = """
@@ -132,39 +139,35 @@ class Bigram(nn.Module):
 """
 
 
-def test_custom_models(gptlab, tmp_path):
+def test_custom_models(report, tmp_path, monkeypatch):
     """By child, with torch's count; a model whose path depends on values is refused in one line."""
-    (tmp_path / "own.py").write_text(CUSTOM)
-    (tmp_path / "conf/model").mkdir(parents=True)
-    (tmp_path / "conf/model/own.yaml").write_text("_target_: own.Bigram\nwidth: 4\nfault: false\n")
-    given = ["--config-dir", "conf", "model=own", "vocab_size=10", "data.block_size=8"]
-    found = report(gptlab, *given)
+    (tmp_path / "sized.py").write_text(CUSTOM)
+    monkeypatch.syspath_prepend(tmp_path)
+    given = ["~model", "+model._target_=sized.Bigram", "+model.width=4", "vocab_size=10", "data.block_size=8"]
+    found = report(*given)
     assert {part: number(cells[0]) for part, cells in found["parameters"].items()} == {
         "embed": 40, "out": 50, "total": 90, "without embeddings": 90}  # fmt: skip
     assert found["FLOPs per token"]["all matrix products"][:2] == ["80", "240"]
-    refused = gptlab("sizing", *given, "model.fault=true", status=2).stderr
-    assert refused.startswith("\nerror: model._target_=own.Bigram: cannot run on tensors without data")
+    with pytest.raises(UserError, match=r"^model._target_=sized.Bigram: cannot run on tensors without data: .+$"):
+        report(*given, "+model.fault=true")
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("changes", "said"),
     [
-        (["tokens=-1"], "tokens=-1: must be >= 1"),
-        (["mfu=40"], "mfu=40: must be <= 1"),
-        (["flops_per_s=0"], "flops_per_s=0: must be > 0"),
-        (["tokenz=3"], "unknown key tokenz; did you mean tokens?"),
-        (["model.n_head=5"], "model.n_embd=768 must be divisible by model.n_head=5"),
-        (["model=gpt3"], "model=gpt3: unknown option"),
-        (["data.block_size=null"], "data.block_size=null: must be an integer"),
-        (["model.n_layers=3"], "unknown key model.n_layers; did you mean model.n_layer?"),
+        ({"tokens": -1}, "tokens=-1: must be >= 1"),
+        ({"mfu": 40}, "mfu=40: must be <= 1"),
+        ({"tokenz": 3}, "unknown key tokenz; did you mean tokens?"),
+        ({"model.n_head": 5}, "model.n_embd=768 must be divisible by model.n_head=5"),
+        ({"model.n_layers": 3}, "unknown key model.n_layers; did you mean model.n_layer?"),
+        ({"data.block_size": None}, "data.block_size=null: must be an integer"),
     ],
 )
-def test_wrong_settings_are_one_line(gptlab, arguments, said):
-    stderr = gptlab("sizing", *arguments, status=2).stderr
-    assert stderr.strip().startswith(f"error: {said}") and len(stderr.strip().splitlines()) == 1
+def test_wrong_settings_are_one_line(changes, said):
+    assert errors("sizing", changes=changes) == [said]
 
 
-def test_lightning_is_not_imported(tmp_path):
+def test_the_program_runs_and_imports_no_lightning():
     """It would double the time of an answer that needs none of it."""
     program = "import sys; sys.argv = ['sizing', 'model.n_layer=1', 'data.block_size=8', 'vocab_size=9']\nfrom gptlab import cli, sizing; cli.main(sizing.size, 'sizing')"
     assert "lightning" not in modules_after(program)
