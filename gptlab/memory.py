@@ -74,6 +74,7 @@ def estimate_step(
     device_type: str,
     averaged: bool = False,  # EMA keeps a second copy of the weights
     distributed: bool = False,  # DDP keeps a second copy of the gradients
+    shards: int = 1,  # FSDP: of so many, this process keeps one; a validation has all weights besides
 ) -> Estimate | None:
     """Memory of one optimizer step as `gptlab.module` does it; nothing of that size is allocated. None where fake
     tensors cannot take the model's path, such as control flow that depends on values."""
@@ -86,7 +87,11 @@ def estimate_step(
             optimizer = optim.adamw(model, lr=0.0, betas=(0.9, 0.99), weight_decay=0.0, fused=fused)
             for parameter in model.parameters():
                 parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
-            optimizer.step()  # makes the moments
+            if shards == 1:
+                optimizer.step()  # makes the moments
+            else:
+                trained = [p for p in model.parameters() if p.requires_grad]
+                _kept = [p.new_empty(-(-p.numel() // shards)) for p in trained for _ in range(3)]  # moments and weights
             state = live.now
             if sequences <= micro_batch_size:  # else the gradients of one micro-batch are there during the next
                 optimizer.zero_grad(set_to_none=True)

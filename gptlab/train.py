@@ -151,7 +151,8 @@ def check_memory(cfg: config.Train, data: Any) -> str | None:
         precision=t.precision,
         device_type=device.type,
         averaged="gptlab.callbacks.ema.EMA" in targets,
-        distributed=processes > 1,
+        distributed=processes > 1 and not is_sharded(t),
+        shards=processes if is_sharded(t) else 1,
     )
     micro_batch_size = min(data.micro_batch_size or sequences, sequences)
     available = memory.capacity(device) // (t.devices if device.type == "cpu" else 1)
