@@ -5,35 +5,53 @@ process.
 """
 
 import contextlib
+from collections.abc import Mapping
 from typing import Any
 
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
-from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict, set_optimizer_state_dict
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from gptlab.model import Block
 from gptlab.module import GPTModule
 
 
 class FSDP(ModelParallelStrategy):
+    """Lightning's, but it loads any checkpoint, whichever strategy saved it, and when others do: before training is set up."""
+
+    restore_checkpoint_after_setup, lightning_restore_optimizer = False, True
+
     def __init__(self, processes: int) -> None:
         super().__init__(data_parallel_size=processes, tensor_parallel_size=1, save_distributed_checkpoint=False)
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        """Any process's checkpoint, whichever strategy saved it: Lightning numbers an optimizer's state in the order of the
-        model's parameters, torch in that of its groups; here, the order within the groups tells."""
-        checkpoint = self.checkpoint_io.load_checkpoint(checkpoint_path)
+        return self.checkpoint_io.load_checkpoint(checkpoint_path)
+
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         options = StateDictOptions(full_state_dict=True)
-        set_model_state_dict(self.model, checkpoint["state_dict"], options=options)
-        names = {parameter: name for name, parameter in self.model.named_parameters()}
+        set_model_state_dict(self.lightning_module, checkpoint["state_dict"], options=options)
+
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        """Saved here, parameters are numbered in the model's order, else in that of the optimizer's groups. In both, the order
+        within the groups is the same."""
         for optimizer, saved in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
-            ours = (names[p] for group in optimizer.param_groups for p in group["params"])
-            name = dict(zip((i for group in saved["param_groups"] for i in group["params"]), ours, strict=True))
-            groups = [{**group, "params": [name[i] for i in group["params"]]} for group in saved["param_groups"]]
-            state = {name[i]: values for i, values in saved["state"].items()}
-            set_optimizer_state_dict(self.model, optimizer, {"state": state, "param_groups": groups}, options=options)
-        return checkpoint
+            numbers = [number for group in saved["param_groups"] for number in group["params"]]
+            parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+            state = {
+                number: {name: _part(value, parameter) for name, value in saved["state"].get(number, {}).items()}
+                for number, parameter in zip(numbers, parameters, strict=True)
+            }
+            optimizer.load_state_dict({**saved, "state": state})
+
+
+def _part(value: Tensor, parameter: DTensor) -> Tensor:
+    """What this process keeps of a moment; Adam's step is a plain number."""
+    if value.dim() == 0:
+        return value
+    value = value.to(parameter.device)
+    return distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)  # all have it
 
 
 class ShardedGPTModule(GPTModule):

@@ -49,8 +49,7 @@ class Processes:
             if isinstance(error, RuntimeError) and any(text in str(error) for text in LOST):
                 if self._started:
                     self._failed.wait(1)
-                reason = self._failure or f"the connection to another process was lost ({str(error).splitlines()[0]})"
-                raise ProcessFailed(reason) from None
+                raise ProcessFailed(self._failure or "lost the connection to another process; see its error") from None
             if is_child:
                 time.sleep(GRACE)  # where all fail alike, the first process speaks and kills the others
             self._kill()

