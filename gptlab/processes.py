@@ -42,7 +42,7 @@ class Processes:
 
         subprocess_script._launch_process_observer = self._watch
         is_child = "GPTLAB_PARENT" in os.environ
-        os.environ.setdefault("GPTLAB_PARENT", str(os.getpid()))
+        os.environ["GPTLAB_PARENT"] = str(os.getpid())
         try:
             yield
         except Exception as error:
@@ -66,12 +66,8 @@ class Processes:
         status = process.wait()
         if status == 0 or self._failed.is_set():
             return
-        how = (
-            f"was killed by {signal.Signals(-status).name}"
-            if status < 0
-            else f"ended with status {status}; see its error above"
-        )
-        self._failure = f"process {rank} {how}"
+        killed = f"was killed by {signal.Signals(-status).name}" if status < 0 else ""
+        self._failure = f"process {rank} " + (killed or f"ended with status {status}; see its error above")
         self._failed.set()
         self._kill()
         time.sleep(GRACE)
