@@ -16,7 +16,7 @@ from typing import Any
 
 from gptlab import cli, config, processes, report, resume
 from gptlab.errors import UserError
-from gptlab.run import Run
+from gptlab.run import Run, is_first_process
 
 log = logging.getLogger("gptlab")
 
@@ -27,6 +27,8 @@ def train(cfg: config.Train) -> float | None:
 
     started = time.perf_counter()
     processes.end_with_parent()
+    if not is_first_process():
+        logging.disable()  # the first one speaks for all
     gc.disable()  # until training starts: tracing a million new objects would be a quarter of the start
     run = Run(HydraConfig.get().runtime.output_dir)
     from gptlab.loggers import make_loggers
