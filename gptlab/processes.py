@@ -47,6 +47,7 @@ class Processes:
             yield
         except Exception as error:
             if isinstance(error, RuntimeError) and any(text in str(error) for text in LOST):
+                signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's, for those that remain: they end anyway
                 if self._started:
                     self._failed.wait(1)
                 raise ProcessFailed(self._failure or "lost the connection to another process; see its error") from None

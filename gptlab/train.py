@@ -258,7 +258,7 @@ def fit(trainer: Any, module: Any, data: Any, ckpt: Path | None, run: Run, trust
     interrupts = next(callback for callback in trainer.callbacks if isinstance(callback, Interrupts))
     others = processes.Processes(lambda failure: report.stopped(f"ERROR: {failure}", trainer, run, trust))
     try:
-        with logging_redirect_tqdm(), interrupts.listening(trainer), others.watching():
+        with logging_redirect_tqdm(), others.watching(), interrupts.listening(trainer):
             trainer.fit(module, data, ckpt_path=ckpt, weights_only=True)
     except (Exception, SystemExit, Interrupted) as error:
         sys.exit(report.ended_early(error, trainer, run, trust=trust))
