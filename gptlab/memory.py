@@ -74,6 +74,7 @@ def estimate_step(
     device_type: str,
     averaged: bool = False,  # EMA keeps a second copy of the weights
     distributed: bool = False,  # DDP keeps a second copy of the gradients
+    shards: int = 1,  # FSDP: of so many, this process keeps one; a validation has all weights besides
 ) -> Estimate | None:
     """Memory of one optimizer step as `gptlab.module` does it; nothing of that size is allocated. None where fake
     tensors cannot take the model's path, such as control flow that depends on values."""
@@ -84,11 +85,19 @@ def estimate_step(
             _copies = [torch.empty_like(p) for p in model.parameters() for _ in range(averaged + distributed)]
             fused = device_type in ("cpu", "cuda") and precision != "fp16"
             optimizer = optim.adamw(model, lr=0.0, betas=(0.9, 0.99), weight_decay=0.0, fused=fused)
-            for parameter in model.parameters():
-                parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
-            optimizer.step()  # makes the moments
+            trained = [p for p in model.parameters() if p.requires_grad]
+            several = sequences > micro_batch_size  # the gradients of one micro-batch are there during the next
+            for parameter in trained:
+                if several or shards == 1:
+                    parameter.grad = torch.empty_like(parameter)
+                else:  # each leaves the process as soon as it is there
+                    parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+            if shards == 1:
+                optimizer.step()  # makes the moments
+            else:
+                _kept = [p.new_empty(-(-p.numel() // shards)) for p in trained for _ in range(3)]  # moments and weights
             state = live.now
-            if sequences <= micro_batch_size:  # else the gradients of one micro-batch are there during the next
+            if not several:
                 optimizer.zero_grad(set_to_none=True)
             ids = torch.zeros(min(sequences, micro_batch_size), block_size + 1, dtype=torch.int64)
             with torch.autocast(device_type, dtype=dtype, enabled=dtype is not None):

@@ -139,18 +139,22 @@ class GPTModule(L.LightningModule):
             tokens = self.trainer.strategy.reduce(torch.as_tensor(tokens, device=self.device), reduce_op="sum")
         tokens = tokens.clamp(min=1) if isinstance(tokens, Tensor) else tokens
         weight = self.trainer.world_size / tokens  # DDP averages over the processes
-        block_sync = getattr(self.trainer.strategy, "block_backward_sync", contextlib.nullcontext)
         masks = itertools.repeat(None) if mask is None else mask.split(size)
         micro_batches = list(zip(ids.split(size), masks, strict=False))
         total = torch.zeros((), device=self.device)
         for i, (micro_ids, micro_mask) in enumerate(micro_batches):
             nats = self.nats(micro_ids, micro_mask)
             loss = nats * torch.where(nats.isfinite(), weight, math.nan)  # an infinite loss can have finite gradients
-            last = i + 1 == len(micro_batches)  # under DDP, with it alone gradients are all-reduced
-            with contextlib.nullcontext() if last else block_sync(), torch.autocast(self.device.type, enabled=False):
+            last = i + 1 == len(micro_batches)
+            with self.sync_gradients(last), torch.autocast(self.device.type, enabled=False):
                 self.manual_backward(loss)
             total += nats.detach() * weight
         return total
+
+    def sync_gradients(self, last: bool) -> contextlib.AbstractContextManager:
+        """Around the backward pass of a micro-batch: with the last one alone, the processes add up their gradients."""
+        block_sync = getattr(self.trainer.strategy, "block_backward_sync", contextlib.nullcontext)  # DDP has it
+        return contextlib.nullcontext() if last else block_sync()
 
     def nats(self, ids: Tensor, mask: Tensor | None) -> Tensor:
         """Summed loss, in nats, of predicting each counted token of ids (b, T + 1) from those before it."""
@@ -162,11 +166,15 @@ class GPTModule(L.LightningModule):
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         # Not in training_step, where fp16 gradients are still scaled.
         limit = self.optim_config["grad_clip"] or math.inf
-        self.gradient_norm = nn.utils.clip_grad_norm_(self.model.parameters(), limit)
+        self.gradient_norm = self.clip_gradients(limit)
         if self.trainer.precision == "16-mixed":  # the gradient scaler skips such steps itself
             self.gradient_norm = self.gradient_norm.nan_to_num(OVERFLOW, OVERFLOW, OVERFLOW)
         else:
             optim.skip_unless_finite(optimizer, self.gradient_norm, wait=not self.checks_at_log)
+
+    def clip_gradients(self, limit: float) -> Tensor:
+        """Their norm before that."""
+        return nn.utils.clip_grad_norm_(self.model.parameters(), limit)
 
     def _recent_mean(self) -> Tensor:
         """(loss, gradient norm) of each step since the last log, (steps, 2)."""

@@ -142,13 +142,29 @@ def resume_command(run: Run, trust: bool) -> str:
     return f"python -m gptlab.train resume={run}" + " trust=true" * trust
 
 
+def stopped(what: str, trainer: Any, run: Run, trust: bool, skipped: int | None = None) -> None:
+    """Say what ended a run early, and how to resume it; `skipped`: the non-finite steps to skip then."""
+    from gptlab import checkpoint
+
+    saved, again, more = "nothing was saved yet", "to start it again", ""
+    for path in run.checkpoints()[:1]:
+        with contextlib.suppress(UserError):  # damaged, which the resume will say: not to hide what ended the run
+            saved = f"the last checkpoint is of step {checkpoint.read(path, mmap=True)['global_step']}"
+        again = "to resume"
+    if skipped is not None:
+        again, more = "to skip its update and resume", f" optim.skip_nonfinite={skipped}"
+    step = trainer.global_step  # 0, too, where a resume has yet to read its checkpoint
+    log.info("\n%s\n%s%s; %s:", what, f"at step {step}; " if step else "", saved, again)
+    log.info("  %s%s", resume_command(run, trust), more)
+
+
 def ended_early(error: BaseException, trainer: Any, run: Run, trust: bool) -> int:
     """Say what ended a run early, and how to resume it; returns this process's exit status, or raises the error if it is
     shown elsewhere. Where several processes stop together, the first speaks for all, and the others return 0: Lightning
     would kill it if they failed."""
-    from gptlab import checkpoint
     from gptlab.callbacks.interrupts import Interrupted
     from gptlab.memory import LESS_MEMORY, out_of_memory
+    from gptlab.processes import ProcessFailed
     from gptlab.watch import Diverged
 
     first = trainer.is_global_zero
@@ -160,23 +176,15 @@ def ended_early(error: BaseException, trainer: Any, run: Run, trust: bool) -> in
         raise error
     elif isinstance(error, RuntimeError) and out_of_memory(error):
         what, status = f"ERROR: {error}\n{LESS_MEMORY}", 1
-    elif isinstance(error, Diverged | OSError):
+    elif isinstance(error, Diverged | OSError | ProcessFailed):
         what, status = f"ERROR: {error}", 1
     elif not first:
-        raise error
+        traceback.print_exception(error)
+        return 1
     else:
         what, status = "".join(traceback.format_exception(error)).rstrip(), 1
     if first:
-        saved, again, more = "nothing was saved yet", "to start it again", ""
-        for path in run.checkpoints()[:1]:
-            with contextlib.suppress(UserError):  # damaged, which the resume will say: not to hide what ended the run
-                saved = f"the last checkpoint is of step {checkpoint.read(path, mmap=True)['global_step']}"
-            again = "to resume"
-        if isinstance(error, Diverged):
-            again, more = "to skip its update and resume", f" optim.skip_nonfinite={error.skipped}"
-        step = trainer.global_step  # 0, too, where a resume has yet to read its checkpoint
-        log.info("\n%s\n%s%s; %s:", what, f"at step {step}; " if step else "", saved, again)
-        log.info("  %s%s", resume_command(run, trust), more)
+        stopped(what, trainer, run, trust, skipped=error.skipped if isinstance(error, Diverged) else None)
         if isinstance(error, Interrupted) and error.signum == signal.SIGUSR1:
             requeue()
     return status if first or not isinstance(error, Interrupted | Diverged) else 0

@@ -59,6 +59,19 @@ def cpus_have_no_fp16(precision: str, accelerator: str) -> Iterator[str]:
         yield "trainer.precision=fp16 needs a GPU; on a CPU use 32 or bf16"
 
 
+@rule("trainer.strategy", "trainer.devices", "trainer.num_nodes", "trainer.precision", "callbacks")
+def fsdp_has_limits(
+    strategy: str, devices: int, num_nodes: int, precision: str, callbacks: dict | None
+) -> Iterator[str]:
+    if strategy != "fsdp" or devices * num_nodes == 1:
+        return
+    if precision == "fp16":
+        yield "trainer.strategy=fsdp does not work with trainer.precision=fp16; use bf16, 32 or trainer.strategy=ddp"
+    for name, node in (callbacks or {}).items():
+        if node and node["_target_"] == "gptlab.callbacks.ema.EMA":
+            yield f"trainer.strategy=fsdp does not work with EMA (callbacks.{name}); use trainer.strategy=ddp, or leave EMA out"
+
+
 @rule("trainer.devices", "trainer.num_nodes", "data.batch_size", "data.val_windows")
 def each_process_has_work(devices: int, num_nodes: int, batch_size: Any, val_windows: Any) -> Iterator[str]:
     processes = devices * num_nodes

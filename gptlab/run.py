@@ -62,7 +62,7 @@ def _finite(value: Any) -> Any:
 
 def is_first_process() -> bool:
     """Whether this process writes to the run folder, among those that torchrun, srun or Lightning started for one run."""
-    return all(os.environ.get(rank, "0") == "0" for rank in ("RANK", "SLURM_PROCID", "LOCAL_RANK"))
+    return all(os.environ.get(rank, "0") == "0" for rank in ("RANK", "SLURM_PROCID", "LOCAL_RANK", "NODE_RANK"))
 
 
 class Run:

@@ -14,9 +14,9 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from gptlab import cli, config, report, resume
+from gptlab import cli, config, processes, report, resume
 from gptlab.errors import UserError
-from gptlab.run import Run
+from gptlab.run import Run, is_first_process
 
 log = logging.getLogger("gptlab")
 
@@ -26,6 +26,9 @@ def train(cfg: config.Train) -> float | None:
     from hydra.core.hydra_config import HydraConfig
 
     started = time.perf_counter()
+    processes.end_with_parent()
+    if not is_first_process():
+        logging.disable()  # the first one speaks for all
     gc.disable()  # until training starts: tracing a million new objects would be a quarter of the start
     run = Run(HydraConfig.get().runtime.output_dir)
     from gptlab.loggers import make_loggers
@@ -157,7 +160,8 @@ def check_memory(cfg: config.Train, data: Any) -> str | None:
         precision=t.precision,
         device_type=device.type,
         averaged="gptlab.callbacks.ema.EMA" in targets,
-        distributed=processes > 1,
+        distributed=processes > 1 and not is_sharded(t),
+        shards=processes if is_sharded(t) else 1,
     )
     micro_batch_size = min(data.micro_batch_size or sequences, sequences)
     available = memory.capacity(device) // (t.devices if device.type == "cpu" else 1)
@@ -170,15 +174,17 @@ def make_module(cfg: config.Train, data: Any, saved_config: dict[str, Any]) -> A
 
     from gptlab.checkpoint import GPT_TARGET, build_model, portable_config
     from gptlab.contracts import check_model
-    from gptlab.module import GPTModule
+    from gptlab.module import GPTModule as Module
 
+    if is_sharded(cfg.trainer):
+        from gptlab.fsdp import ShardedGPTModule as Module
     L.seed_everything(cfg.seed, verbose=False)
     model = build_model(cfg.model, data.tokenizer.vocab_size, data.block_size)
     if cfg.model["_target_"] != GPT_TARGET:
         check_model(model, data.tokenizer.vocab_size, data.block_size)
     if cfg.model.get("compile"):
         model.compile()  # in place: the parameters keep their names
-    return GPTModule(
+    return Module(
         model,
         optim_config=cfg.optim.model_dump(),
         token_bytes=data.tokenizer.token_bytes(),
@@ -187,6 +193,11 @@ def make_module(cfg: config.Train, data: Any, saved_config: dict[str, Any]) -> A
         log_every=cfg.trainer.log_every,
         metadata={"config": portable_config(saved_config), "tokenizer": data.tokenizer.state(), "data": data.record},
     )
+
+
+def is_sharded(trainer: config.Trainer) -> bool:
+    """With a single process there is nothing to share."""
+    return trainer.strategy == "fsdp" and trainer.devices * trainer.num_nodes > 1
 
 
 def make_trainer(cfg: config.Train, run: Run, data: Any, loggers: list[Any]) -> Any:
@@ -208,7 +219,11 @@ def make_trainer(cfg: config.Train, run: Run, data: Any, loggers: list[Any]) -> 
     for callback in callbacks:
         if isinstance(callback, SampleText):
             callback.encode_prompt(data.tokenizer)  # before anything of the run is written
-    t = cfg.trainer
+    t, strategy = cfg.trainer, cfg.trainer.strategy
+    if strategy == "fsdp":
+        from gptlab.fsdp import FSDP
+
+        strategy = FSDP(t.devices * t.num_nodes) if is_sharded(t) else "auto"
     callbacks += [Timer(t.max_time, verbose=False), Interrupts()]  # a timer without a limit, too: a resume may set one
     try:
         return L.Trainer(
@@ -216,7 +231,7 @@ def make_trainer(cfg: config.Train, run: Run, data: Any, loggers: list[Any]) -> 
             accelerator=t.accelerator,
             devices=t.devices,
             num_nodes=t.num_nodes,
-            strategy=t.strategy,
+            strategy=strategy,
             precision=config.PRECISIONS[t.precision],
             max_steps=t.max_steps,
             max_epochs=-1,
@@ -248,8 +263,9 @@ def fit(trainer: Any, module: Any, data: Any, ckpt: Path | None, run: Run, trust
     gc.freeze()
     gc.enable()
     interrupts = next(callback for callback in trainer.callbacks if isinstance(callback, Interrupts))
+    others = processes.Processes(lambda failure: report.stopped(f"ERROR: {failure}", trainer, run, trust))
     try:
-        with logging_redirect_tqdm(), interrupts.listening(trainer):
+        with logging_redirect_tqdm(), others.watching(), interrupts.listening(trainer):
             trainer.fit(module, data, ckpt_path=ckpt, weights_only=True)
     except (Exception, SystemExit, Interrupted) as error:
         sys.exit(report.ended_early(error, trainer, run, trust=trust))

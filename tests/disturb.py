@@ -12,6 +12,8 @@ from pathlib import Path
 
 import lightning
 import torch
+from torch import distributed
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
 from gptlab.callbacks import checkpointing
 
@@ -62,8 +64,11 @@ class Send(lightning.Callback):
 
 
 class Fail(lightning.Callback):
+    def __init__(self, rank=0):
+        self.rank = rank
+
     def on_train_batch_end(self, trainer, *rest):
-        if trainer.global_step == 7 and once("failed"):
+        if trainer.global_step == 7 and trainer.global_rank == self.rank and once("failed"):
             raise KeyError("a fault in a callback")
 
 
@@ -139,3 +144,31 @@ class FullDisk(lightning.Callback):
     def save(self, content, file):
         file.write(b"half" * 1000)
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), file.name)
+
+
+class CountSyncs(lightning.Callback):
+    """Counts how often gradients are added up over the processes, under DDP or FSDP, and how many micro-batches there are."""
+
+    def on_train_start(self, trainer, pl_module):
+        self.syncs = self.micro_batches = 0
+        strategy, scatter = trainer.strategy, distributed.reduce_scatter_tensor
+        if hasattr(strategy.model, "register_comm_hook"):
+            strategy.model.register_comm_hook(None, self.all_reduce)
+
+        def count(*arguments, **rest):
+            self.syncs += 1
+            return scatter(*arguments, **rest)
+
+        distributed.reduce_scatter_tensor = count
+        pl_module.model.register_full_backward_hook(self.count)
+
+    def count(self, *rest):
+        self.micro_batches += 1
+
+    def all_reduce(self, state, bucket):
+        self.syncs += bucket.is_last()
+        return allreduce_hook(None, bucket)
+
+    def on_train_end(self, trainer, pl_module):
+        if trainer.is_global_zero:
+            Path("syncs").write_text(f"{self.syncs} {self.micro_batches}")

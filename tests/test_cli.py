@@ -100,11 +100,12 @@ def test_hardware_is_asked_once_and_only_if_not_given(monkeypatch):
         ({"RANK": "8", "LOCAL_RANK": "0"}, False),  # torchrun's first process of the second machine
         ({"SLURM_PROCID": "1"}, False),
         ({"SLURM_PROCID": "0", "LOCAL_RANK": "1"}, False),  # Lightning's second process in an interactive job
+        ({"NODE_RANK": "1"}, False),  # set by hand, where Lightning starts the processes of each machine
     ],
 )
 def test_the_first_process_of_a_run(monkeypatch, environment, first):
     """The only one that takes the lock and writes: a second one would fail on it."""
-    for rank in ("RANK", "SLURM_PROCID", "LOCAL_RANK"):
+    for rank in ("RANK", "SLURM_PROCID", "LOCAL_RANK", "NODE_RANK"):
         monkeypatch.delenv(rank, raising=False)
     for rank, value in environment.items():
         monkeypatch.setenv(rank, value)

@@ -247,6 +247,7 @@ EARLY = ("train", "callbacks=[default,early_stopping]")
 PRUNED = ("train", "callbacks=[default,median_pruning]")
 SORTING = ("train", "data=sort", "callbacks=[default,early_stopping]")
 ACCURACY = {"callbacks.early_stopping.monitor": "val/accuracy"}
+FSDP = {"trainer.strategy": "fsdp", "trainer.devices": 2}
 # Per rule: entry and choices, changes, what is said (None: nothing).
 RULES = {
     "heads_share_the_channels": [
@@ -275,6 +276,12 @@ RULES = {
         (("train",), {"trainer.devices": 3, "trainer.num_nodes": 5}, "must be >= the number of processes, 15"),
         (("train",), {"trainer.devices": 4, "data.val_windows": 3}, "data.val_windows=3 must be >= the number"),
         (("train",), {"trainer.devices": 4, "trainer.num_nodes": 3, "data.val_windows": 12}, None),
+    ],
+    "fsdp_has_limits": [
+        (("train",), {**FSDP, "trainer.precision": "fp16", "trainer.accelerator": "gpu"}, "use bf16, 32 or trainer.strategy=ddp"),
+        (("train", "callbacks=ema"), FSDP, "fsdp does not work with EMA (callbacks.ema); use trainer.strategy=ddp, or leave EMA out"),
+        (("train", "callbacks=ema"), {**FSDP, "trainer.devices": 1}, None),
+        (("train",), FSDP, None),
     ],
     "processes_have_cores": [
         (("train",), {"data.workers": 9}, "data.workers=9 must be <= 8, four times the 2 available cores"),

@@ -79,6 +79,16 @@ def test_the_estimate_is_what_the_real_step_takes(name, tmp_path):
     assert 0.94 * live.peak <= expected(name).peak <= 1.005 * live.peak
 
 
+@pytest.mark.parametrize(("sequences", "micro_batch_size", "measured"), [(2, 2, 303), (2, 1, 389)])
+def test_the_estimate_for_fsdp(sequences, micro_batch_size, measured):
+    """Measured (MiB): by how much each of two processes grew, without what the libraries took; 120 are weights, of which
+    it keeps half, half of the moments, and all in a validation. Several micro-batches keep whole gradients."""
+    model = {"n_layer": 10, "n_head": 8, "n_embd": 512}
+    estimate = estimate_step(partial(build, model, 103, 64), block_size=64, sequences=sequences, precision="32",
+                             micro_batch_size=micro_batch_size, device_type="cpu", shards=2)  # fmt: skip
+    assert 0.95 * measured * 2**20 <= estimate.peak <= 1.2 * measured * 2**20
+
+
 # Trains and prints by how many bytes the process grew at its peak. A small model goes first: what the libraries set up
 # once is not the model's.
 TRAIN = """

@@ -125,22 +125,6 @@ def test_nothing_is_overwritten(gptlab, tmp_path):
         assert path.read_bytes() == content or path.name == ".lock", path
 
 
-def test_two_processes_see_the_batches_of_one(gptlab, tmp_path):
-    """An odd batch over two processes, uneven shares and micro-batches: the same losses, norms and validation."""
-    common = [*TINY, "data.batch_size=7", "data.micro_batch_size=2", "trainer.log_every=3", "data.val_windows=11"]
-    gptlab("train", *common, "hydra.run.dir=one")
-    gptlab("train", *common, "hydra.run.dir=two", "trainer.devices=2")
-    one, two = metrics(tmp_path / "one"), metrics(tmp_path / "two")
-    assert len(one) == len(two)
-    for a, b in zip(one[1:], two[1:], strict=True):
-        assert a == {name: pytest.approx(value, rel=1e-4) for name, value in b.items()}
-    gptlab("train", "resume=two", "trainer.max_steps=6")
-    gptlab("train", "resume=one", "trainer.max_steps=6")
-    assert metrics(tmp_path / "one")[-1] == {
-        n: pytest.approx(v, rel=1e-4) for n, v in metrics(tmp_path / "two")[-1].items()
-    }
-
-
 def test_a_sweep_is_one_process_per_job(gptlab, tmp_path):
     """Here without network, which its parent decides once for all jobs."""
     chosen = ["experiment=shakespeare_char", *TINY, "data.url=http://127.0.0.1:9/", "model.n_layer=1,2"]

@@ -107,7 +107,7 @@ class Interrupts(Checkpoint):
         if self._may_end_at_once:
             self._may_end_at_once = False  # once
             raise Interrupted(signum)
-        if os.environ.get("LOCAL_RANK", "0") == "0":
+        if signum == signal.SIGINT and os.environ.get("LOCAL_RANK", "0") == "0":
             with contextlib.suppress(OSError):  # Ctrl-C has ended the `tee` that this goes to
                 os.write(1, b"\nstopping after this step; Ctrl-C stops at once\n")  # logging is not safe here
 
