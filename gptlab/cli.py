@@ -199,7 +199,8 @@ def prepare_overrides(argv: list[str], entry: str) -> list[str]:
     parser.error = _refuse_flags
     parsed = parser.parse_intermixed_args(argv)
     resumed_sweep = sweep.find(parsed.overrides) if entry == "train" else None
-    preset = any(override.startswith("sweep=") for override in parsed.overrides) and not (parsed.cfg or parsed.info)
+    is_job = "hydra.mode=RUN" in parsed.overrides  # of a sweep
+    preset = any(o.startswith("sweep=") for o in parsed.overrides) and not (is_job or parsed.cfg or parsed.info)
     multirun = parsed.multirun or preset or resumed_sweep is not None
     groups = {path.name for folder in (config.CONF, Path(parsed.config_dir or config.CONF)) if folder.is_dir()
               for path in folder.iterdir() if path.is_dir()}  # fmt: skip

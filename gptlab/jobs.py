@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -26,7 +26,15 @@ from gptlab.terminal import printable
 LOG = "job.log"  # in the folder of a job: all that it prints
 PARENT = "GPTLAB_SWEEP_PROCESS"  # environment variable of a job
 POLL, REFRESH = 0.05, 0.5  # seconds
-STOPS = (129, 130, 143, -signal.SIGHUP, -signal.SIGINT, -signal.SIGTERM)  # exit status of a job that was asked to end
+STOPS = (
+    129,
+    130,
+    143,
+    -signal.SIGHUP,
+    -signal.SIGINT,
+    -signal.SIGTERM,
+    -signal.SIGUSR1,
+)  # exit status of a job that was asked to end
 # A job is no part of the distributed run, or of the SLURM step, that this process may belong to.
 RANKS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "NODE_RANK", "GROUP_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT",
          "PL_GLOBAL_SEED", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_NODEID", "SLURM_JOB_NAME")  # fmt: skip
@@ -105,35 +113,44 @@ class Process:
 
 
 def run(
-    jobs: list[Process], n_jobs: int, *, done: int = 0, on_change: Callable[[set[str]], None] = lambda running: None
+    jobs: Iterable[Process],
+    n_jobs: int,
+    *,
+    total: int = 1,
+    done: int = 0,
+    on_change: Callable[[set[str]], None] = lambda running: None,
 ) -> int | None:
-    """Run them all, `n_jobs` at a time, after `done` others; `on_change` gets the folders of those that run now.
+    """Run them all, `n_jobs` at a time; `done` of the `total` have ended before. The next one is asked for when it can
+    start. `on_change` gets the folders of those that run now.
 
     Returns:
         The signal that ended this early, or None.
     """
     environment = {key: value for key, value in os.environ.items() if key not in (*RANKS, "HYDRA_FULL_ERROR")}
     environment[PARENT] = str(os.getpid())
-    waiting, live, screen = list(jobs), [], Screen(len(jobs) + done, done)
+    waiting, live, screen = iter(jobs), [], Screen(total, done)
     shares = list(gpu_shares(n_jobs))
     with forwarding(live) as signals:
-        while live or (waiting and not signals):
+        while True:
             changed = False
             for job in [job for job in live if job.process.poll() is not None]:
                 live.remove(job)
                 shares.append(job.gpus)
                 screen.ended(job, job.conclude(job.process.returncode))
                 changed = True
-            while waiting and len(live) < n_jobs and not signals:
-                job = waiting.pop(0)
+            while len(live) < n_jobs and not signals and (job := next(waiting, None)) and not signals:
                 job.gpus = shares.pop(0)
                 job.start(environment | job.gpus)
                 live.append(job)
+                if signals:  # while it started
+                    job.process.send_signal(signals[-1])
                 screen.started(job)
                 changed = True
             if changed:
                 on_change({job.folder.name for job in live})
-            screen.refresh(live, len(waiting), n_jobs)
+            if not live:
+                break
+            screen.refresh(live, n_jobs)
             time.sleep(POLL)
     return signals[-1] if signals else None
 
@@ -201,13 +218,13 @@ class Screen:
     def _print(self, text: str) -> None:
         print(("\x1b[J" if self._in_place else "") + printable(text), flush=True)  # over the lines of `refresh`
 
-    def refresh(self, live: list[Process], waiting: int, n_jobs: int) -> None:
+    def refresh(self, live: list[Process], n_jobs: int) -> None:
         if not self._in_place or time.monotonic() < self._next or not live:
             return
         self._next = time.monotonic() + REFRESH
         for job in live:
             job.look()
-        left = self.seconds_left(live, waiting, n_jobs)
+        left = self.seconds_left(live, max(0, self.total - self.done - len(live)), n_jobs)
         end = "" if left is None else f", {_duration(left)} left"
         lines = [*(job.describe() for job in live), f"{self.done} of {self.total} jobs done{end}"]
         width = shutil.get_terminal_size().columns - 1

@@ -13,7 +13,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -21,14 +21,17 @@ from pydantic import Field, ValidationError
 
 from gptlab import cli, config, jobs, resume, targets
 from gptlab.errors import JobError, MissingFileError, UserError
-from gptlab.run import Run, is_first_process, write_json
+from gptlab.run import ERROR, Run, is_first_process, write_atomic, write_json
 
 INDEX = "sweep.json"
 HARMLESS = {
     *cli.SWEEP_KEYS.values(),
+    "hydra.sweeper.n_jobs",
+    "hydra.sweeper.study",
     "hydra/launcher",
     "hydra/sweeper",
 }  # what sweep.json may say to Hydra without trust
+LIMITS = ("trainer.max_steps", "trainer.max_time", "optim.decay_steps")
 Metric = Literal["val/loss", "val/perplexity", "val/bits_per_byte", "val/accuracy"]
 
 replayed: "Sweep | None" = None  # the one that this command line resumes
@@ -56,6 +59,8 @@ class Sweep(config.Node):
     jobs: list[Job] = Field([])
     folder: Annotated[Path, Field(exclude=True)] = Path()
     trust: Annotated[bool | None, Field(exclude=True)] = None  # the user's, on a resume; None: a new sweep
+    # Jobs that a search has yet to propose; one that failed is not repeated. None: not a search.
+    proposals: Annotated[int | None, Field(exclude=True)] = None
 
     @classmethod
     def read(cls, folder: Path) -> "Sweep":
@@ -82,8 +87,8 @@ class Sweep(config.Node):
     def is_done(self, job: Job) -> bool:
         """Whether nothing is left to do, also with the limits that a resume has changed."""
         run = self.run_of(job)
-        if run.state() not in ("finished", "pruned"):
-            return False
+        if (state := run.state()) not in ("finished", "pruned"):
+            return state == "failed" and self.proposals is not None
         ended = f"trainer.{run.read_summary()['ended']}"
         limits = [change.partition("=")[2] for change in self.changes if key_of(change) == ended]
         return not limits or limits[-1] == str(config.select(run.read_config(), ended))
@@ -128,8 +133,8 @@ class Sweep(config.Node):
             job_id = identity(cfg, values)
             job = known.get(tuple(overrides)) or next((job for job in self.jobs if job.id == job_id), None)
             if job is None:
-                number = max((int(job.folder) for job in self.jobs), default=-1) + 1
-                job = Job(folder=str(number), id=job_id, values=values, overrides=overrides, threads=self._threads(cfg))
+                threads = self._threads(cfg)
+                job = Job(folder=self._free(), id=job_id, values=values, overrides=overrides, threads=threads)
                 self.jobs.append(job)
             elif job.id != job_id and not (self.folder / job.folder / "config.yaml").exists():
                 raise UserError(
@@ -139,6 +144,20 @@ class Sweep(config.Node):
             known[tuple(overrides)] = job
         self.write()
         return list({job.folder: job for c in combinations for job in [known[tuple(c)]]}.values())
+
+    def place_invalid(self, overrides: list[str], values: dict[str, Any], reason: str) -> Job:
+        """The job of a search whose config is wrong: it fails without having started."""
+        job = next((job for job in self.jobs if job.overrides == overrides), None)
+        if job is None:
+            job_id = hashlib.sha256(json.dumps(overrides).encode()).hexdigest()[:16]
+            job = Job(folder=self._free(), id=job_id, values=values, overrides=overrides, threads=None)
+            self.jobs.append(job)
+            self.write()
+        write_atomic(self.folder / job.folder / ERROR, f"{reason}\n".encode())
+        return job
+
+    def _free(self) -> str:
+        return str(max((int(job.folder) for job in self.jobs), default=-1) + 1)
 
     def _values(self, overrides: list[str], cfg: config.Train) -> dict[str, Any]:
         """The swept keys with their values; for a group such as model, its option."""
@@ -163,8 +182,10 @@ class Sweep(config.Node):
     def goal(self, job: Job) -> float | None:
         """What a search minimizes; None if the job has not finished."""
         summary = self.run_of(job).read_summary()
-        value = summary and summary[self.at].get(self.metric or "val/loss")
-        return -value if value is not None and self.metric == "val/accuracy" else value
+        values = (summary or {}).get(self.at) or {}
+        metric = self.metric or ("val/accuracy" if "val/accuracy" in values else "val/loss")
+        value = values.get(metric)
+        return -value if value is not None and metric == "val/accuracy" else value
 
 
 def key_of(override: str) -> str:
@@ -310,20 +331,24 @@ def process(entry: str, overrides: Sequence[str], folder: Path) -> jobs.Process:
     return jobs.Process(folder, command, f"job {folder.name} ({values})")
 
 
-def run_jobs(entry: str, given: Sequence[tuple[Sequence[str], Path]], n_jobs: int) -> None:
-    """Run jobs, (overrides, folder) each, as processes of this machine.
+def run_jobs(entry: str, given: Iterable[tuple[Sequence[str], Path]], n_jobs: int) -> None:
+    """Run jobs, (overrides, folder) each, as processes of this machine; of a sweep of runs, or one that another machine
+    has given to this one.
 
     Raises:
         SystemExit: stopped by a signal.
         JobError: a job that leaves no run folder has failed; those of a sweep of runs leave their status there.
     """
-    processes = [process(entry, overrides, folder) for overrides, folder in given]
+    processes = (process(entry, overrides, folder) for overrides, folder in given)
     if entry != "train":  # their output is what the user wants to see
-        if failed := [job for job in processes if subprocess.run(job.command).returncode]:
-            raise JobError(f"{len(failed)} of {len(processes)} jobs failed; see above")
+        statuses = [subprocess.run(job.command).returncode for job in processes]
+        if any(statuses):
+            raise JobError(f"{sum(map(bool, statuses))} of {len(statuses)} jobs failed; see above")
         return
-    done = len(current.jobs) - len(processes) if current else 0
-    if signum := jobs.run(processes, n_jobs, done=done, on_change=_update_results):
+    total, done = 1, 0
+    if current:
+        total, done = len(current.jobs) + (current.proposals or 0), sum(map(current.is_done, current.jobs))
+    if signum := jobs.run(processes, n_jobs, total=total, done=done, on_change=_update_results):
         sys.exit(128 + signum)
 
 
@@ -352,6 +377,8 @@ def conclude() -> int:
     if current is None:
         return 0
     print(f"\n{results.update(current)}\n\nresults: {Run(current.folder)}/results.md")
-    if left := [job for job in current.jobs if not current.is_done(job)]:
-        print(f"\n{len(left)} of {len(current.jobs)} jobs are not finished; to resume:\n  {current.resume_command()}")
-    return len([job for job in left if current.run_of(job).state() == "failed"])
+    to_propose = current.proposals or 0
+    if left := to_propose + sum(not current.is_done(job) for job in current.jobs):
+        total = len(current.jobs) + to_propose
+        print(f"\n{left} of {total} jobs are not finished; to resume:\n  {current.resume_command()}")
+    return sum(current.run_of(job).state() == "failed" for job in current.jobs)
