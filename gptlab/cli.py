@@ -78,7 +78,7 @@ def main(task: Callable[[Any], float | None], entry: str) -> None:
 def prepare_process() -> None:
     """Make streams, arguments, threads and the end of a sweep's process behave, before torch is imported."""
     global _started
-    jobs.end_with_parent()
+    jobs.stop_with_sweep()
     for descriptor in (0, 1, 2):  # daemons and cron may close them
         try:
             os.fstat(descriptor)

@@ -1,7 +1,7 @@
 """The processes of a sweep: started, shown, stopped.
 
 Each is a session of its own, which gets a signal once, from here, and has time to save. This process waits in a plain
-loop, without threads. Where it is killed, the kernel ends the jobs as SIGTERM would, and they save (`end_with_parent`).
+loop, without threads. Where it is killed, the kernel ends the jobs as SIGTERM would, and they save (`stop_with_sweep`).
 """
 
 import contextlib
@@ -272,7 +272,7 @@ def _reason(log: bytes, status: int) -> str:
 _parent: int | None = None
 
 
-def end_with_parent() -> None:
+def stop_with_sweep() -> None:
     """In a job: when the process of the sweep dies, get SIGTERM, and save."""
     global _parent
     if (value := os.environ.pop(PARENT, None)) is None:
@@ -281,10 +281,10 @@ def end_with_parent() -> None:
     if sys.platform == "linux":
         PR_SET_PDEATHSIG = 1
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-    if orphaned():
+    if sweep_is_gone():
         os._exit(128 + signal.SIGTERM)
 
 
-def orphaned() -> bool:
+def sweep_is_gone() -> bool:
     """Whether the process of the sweep has died; for systems whose kernel does not say so."""
     return _parent is not None and os.getppid() != _parent

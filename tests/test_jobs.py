@@ -70,7 +70,7 @@ def test_a_log_that_is_a_link_is_not_followed(tmp_path):
 
 TRAPS = """
 from gptlab import jobs
-jobs.end_with_parent()
+jobs.stop_with_sweep()
 def save(signum, _):
     open("got", "a").write(f"{signum} ")
     time.sleep(0.3)
@@ -117,7 +117,7 @@ def wait_for(condition, seconds: float = 60) -> None:
 
 def test_a_job_whose_parent_is_gone_does_not_start(tmp_path):
     environment = {**os.environ, jobs.PARENT: "1"}
-    code = "from gptlab import jobs; jobs.end_with_parent(); print('started')"
+    code = "from gptlab import jobs; jobs.stop_with_sweep(); print('started')"
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert done.returncode == 143 and done.stdout == ""
 
@@ -170,7 +170,7 @@ def test_what_the_screen_says(tmp_path, capsys, monkeypatch):
         process.look = lambda: None
         process._first, process.step, process.losses = (0, now - 5), 50, {"train/loss": 1.5}
     screen = jobs.Screen(total=5, done=1)
-    screen.refresh(live, waiting=2, n_jobs=2)
+    screen.refresh(live, n_jobs=2)
     assert capsys.readouterr().out == (
         "\x1b[Jjob 0 (seed=0): step 50 of 100, train/loss 1.5000, 0:00:05 left\n"
         "job 1 (seed=1): step 50 of 100, train/loss 1.5000, 0:00:05 left\n"

@@ -16,6 +16,7 @@ from torch import distributed as dist
 
 from gptlab.callbacks.checkpointing import Checkpointing, validation_is_due
 from gptlab.data.windows import kill_workers
+from gptlab.jobs import sweep_is_gone
 
 HURRY = 3.0  # seconds after a signal; a cluster kills after 30
 BOUNCE = 1.0  # seconds within which a second Ctrl-C is not meant
@@ -111,7 +112,9 @@ class Interrupts(Checkpoint):
             with contextlib.suppress(OSError):  # Ctrl-C has ended the `tee` that this goes to
                 os.write(1, b"\nstopping after this step; Ctrl-C stops at once\n")  # logging is not safe here
 
-    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+        if trainer.global_step % pl_module.log_every == 0 and sweep_is_gone():
+            self._signum = signal.SIGTERM
         self._stop_if_asked(trainer, validation_is_due(trainer))
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
