@@ -47,7 +47,7 @@ def compare(arguments: list[str]) -> None:
     varied = varied_keys(jobs)
     for job in jobs:
         job.values.update({key: job.config[key] for key in varied if key in job.config})
-    title = f"Comparison of {' '.join(arguments)}"
+    title = " ".join([*paths, *(f"{key}={value}" for key, value in settings.items())])
     if out is None:
         print(results.markdown(title, jobs, results.make_tables(jobs, varied, metric, at), varied))
         return
@@ -119,7 +119,7 @@ def equal(value: Any, text: str) -> bool:
 def varied_keys(jobs: list[results.Job]) -> list[str]:
     """Keys whose values differ and change what a run computes."""
     configs = [job.config for job in jobs if job.config]
-    keys = dict.fromkeys(key for config in configs for key in config)
+    keys = sorted(dict.fromkeys(key for config in configs for key in config), key=lambda key: key == "seed")  # last
     return [
         key
         for key in keys
