@@ -168,11 +168,12 @@ class Run:
         import yaml
 
         path = self.folder / "config.yaml"
+        loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the other takes minutes for nested brackets
         try:
             text = path.read_text("utf-8")
-            if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)):
+            if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, loader)):
                 raise ValueError("it has aliases, which gptlab never writes")
-            config = dict(yaml.safe_load(text))
+            config = dict(yaml.load(text, loader))
         except (OSError, yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
             raise UserError(f"cannot read {path}; restore it (checkpoints hold it as 'config'): {error}") from None
         config.pop("trust", None)
