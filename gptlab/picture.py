@@ -8,7 +8,7 @@ from typing import Any
 import matplotlib
 from matplotlib.figure import Figure
 
-from gptlab.results import Configuration, Table, assignments, is_number, label, shown
+from gptlab.results import Configuration, Table, assignments, differences, is_number, label, shown
 
 COLORS = ("#4269d0", "#e8862e", "#3a9e6d", "#c4473f", "#8a5cc2", "#97bbf5", "#9c6b4e", "#d45fa6")  # of the best
 GRAY = "#b0b0b0"
@@ -24,15 +24,16 @@ def draw(tables: list[Table]) -> bytes:
         for axes in panels.flat:
             axes.set_axis_off()
         for row, table in zip(panels, tables, strict=False):
+            title = "; ".join(table.agreement[key] for key in differences(tables) or ["stopping rule"])
             colors = dict(zip(table.ranked, COLORS, strict=False))
-            draw_curves(row[0], table, colors)
+            draw_curves(row[0], table, colors, title)
             for axes, key in zip(row[1:], table.keys, strict=False):
                 draw_metric(axes, table, key, colors)
         figure.savefig(file, format="png", facecolor="white")
     return file.getvalue()
 
 
-def draw_curves(axes: Any, table: Table, colors: dict[Configuration, str]) -> None:
+def draw_curves(axes: Any, table: Table, colors: dict[Configuration, str], title: str) -> None:
     """Losses of all runs, dotted where a run has not finished; those of training thin, if there is space."""
     late, ranked = [], {job: one for one in reversed(table.ranked) for job in one.jobs}
     for job in [*(job for job in table.jobs if job not in ranked), *ranked]:  # the best on top
@@ -50,7 +51,7 @@ def draw_curves(axes: Any, table: Table, colors: dict[Configuration, str]) -> No
     if len(table.ranked) > len(colors):
         axes.plot([], [], color=GRAY, label=f"{len(table.ranked) - len(colors)} more")
     axes.legend(edgecolor="none", framealpha=0.7, fontsize=7, loc="upper right")
-    axes.set_title(label(table.agreement["stopping rule"], 60), loc="left", fontsize=8)
+    axes.set_title(label(title, 70), loc="left", fontsize=8)
     set_style(axes, "optimizer steps", "val/loss" + " (thin: train/loss)" * (len(table.jobs) <= 6))
 
 

@@ -202,7 +202,7 @@ def markdown(title: str, jobs: list[Job], tables: list[Table], varied: Sequence[
     counts = Counter(job.status for job in jobs)
     lines = [f"# {cell(title)}: {len(jobs)} runs, {', '.join(f'{n} {status}' for status, n in counts.items())}", ""]
     tables = [table for table in tables if table.ranked]
-    differing = [key for key in ("data", "validation", "stopping rule") if len({t.agreement[key] for t in tables}) > 1]
+    differing = differences(tables)
     if differing:
         lines += [f"{len(tables)} tables, because runs with another {' or '.join(differing)} do not compare.", ""]
     for table in tables:
@@ -221,6 +221,11 @@ def markdown(title: str, jobs: list[Job], tables: list[Table], varied: Sequence[
     if rest:
         lines += ["Not ranked:", "", grid([[*varied, "steps", "status", "folder", "error"], *rest]), ""]
     return "\n".join(lines)
+
+
+def differences(tables: list[Table]) -> list[str]:
+    """What keeps them apart."""
+    return [key for key in tables[0].agreement if len({table.agreement[key] for table in tables}) > 1] if tables else []
 
 
 def ranking(table: Table) -> list[list[Any]]:
