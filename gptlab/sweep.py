@@ -311,6 +311,8 @@ def _with_values(swept: str, added: str) -> str:
 
     values = {}
     for override in OverridesParser.create().parse_overrides([swept, added]):
+        if override.is_sweep_override() and not override.is_discrete_sweep():
+            raise UserError(f"{added}: {swept.lstrip('+')} is a range, which a resume keeps; start a new sweep")
         is_list = override.is_sweep_override() and override.is_discrete_sweep()
         values |= dict.fromkeys(override.sweep_string_iterator() if is_list else [override.get_value_element_as_str()])
     return f"{swept.partition('=')[0]}={','.join(values)}"

@@ -170,7 +170,7 @@ def test_what_the_screen_says(tmp_path, capsys, monkeypatch):
         process.look = lambda: None
         process._first, process.step, process.losses = (0, now - 5), 50, {"train/loss": 1.5}
     screen = jobs.Screen(total=5, done=1)
-    screen.refresh(live, waiting=2, n_jobs=2)
+    screen.refresh(live, n_jobs=2)
     assert capsys.readouterr().out == (
         "\x1b[Jjob 0 (seed=0): step 50 of 100, train/loss 1.5000, 0:00:05 left\n"
         "job 1 (seed=1): step 50 of 100, train/loss 1.5000, 0:00:05 left\n"
