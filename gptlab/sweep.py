@@ -374,7 +374,8 @@ def run_job(entry: str, cfg: Any) -> float | None:
 
 
 def conclude() -> int:
-    """Write and show the results of this process's sweep, and say how to continue; the number of jobs that failed."""
+    """Write and show the results of this process's sweep, and say how to continue; the number of jobs that failed or are
+    not finished."""
     from gptlab import results
 
     if current is None:
@@ -384,4 +385,4 @@ def conclude() -> int:
     if left := to_propose + sum(not current.is_done(job) for job in current.jobs):
         total = len(current.jobs) + to_propose
         print(f"\n{left} of {total} jobs are not finished; to resume:\n  {current.resume_command()}")
-    return sum(current.run(job).state() == "failed" for job in current.jobs)
+    return left or sum(current.run(job).state() == "failed" for job in current.jobs)
