@@ -51,7 +51,9 @@ class Study:
     ) -> None:
         self.space, self.seed = space, seed
         self.owner = folder.name if storage else "sweep"
-        self.storage = storage or f"sqlite:///{folder.resolve() / FILE}"
+        self.storage = (
+            storage or sqlalchemy.URL.create("sqlite", database=str(folder.resolve() / FILE)).render_as_string()
+        )
         if (folder / FILE).is_symlink():
             raise UserError(f"{folder / FILE} is a symbolic link; remove it")
         with self._errors():

@@ -310,6 +310,8 @@ def _with_values(swept: str, added: str) -> str:
 
     values = {}
     for override in OverridesParser.create().parse_overrides([swept, added]):
+        if override.is_sweep_override() and not override.is_discrete_sweep():
+            raise UserError(f"{added}: {swept.lstrip('+')} is a range, which a resume keeps; start a new sweep")
         is_list = override.is_sweep_override() and override.is_discrete_sweep()
         values |= dict.fromkeys(override.sweep_string_iterator() if is_list else [override.get_value_element_as_str()])
     return f"{swept.partition('=')[0]}={','.join(values)}"
@@ -371,7 +373,8 @@ def run_job(entry: str, cfg: Any) -> float | None:
 
 
 def conclude() -> int:
-    """Write and show the results of this process's sweep, and say how to continue; the number of jobs that failed."""
+    """Write and show the results of this process's sweep, and say how to continue; the number of jobs that failed or are
+    not finished."""
     from gptlab import results
 
     if current is None:
@@ -381,4 +384,4 @@ def conclude() -> int:
     if left := to_propose + sum(not current.is_done(job) for job in current.jobs):
         total = len(current.jobs) + to_propose
         print(f"\n{left} of {total} jobs are not finished; to resume:\n  {current.resume_command()}")
-    return sum(current.run_of(job).state() == "failed" for job in current.jobs)
+    return left or sum(current.run_of(job).state() == "failed" for job in current.jobs)

@@ -267,7 +267,12 @@ def test_metric_and_at(make, options, said):
 
 
 def test_the_goal_of_a_search(make):
-    for options, goal in (({}, -0.5), ({"metric": "val/loss"}, 2.0), ({"at": "best"}, 1.0)):
+    for options, goal in (
+        ({}, -0.5),  # problems have an accuracy
+        ({"metric": "val/loss"}, 2.0),
+        ({"at": "best"}, 1.0),
+        ({"metric": "val/accuracy"}, -0.5),
+    ):
         state = make("seed", **options)
         (job,) = state.place([[*BASE, "++seed=1"]], compose)
         finish(state, job)

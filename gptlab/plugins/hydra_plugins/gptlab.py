@@ -3,6 +3,8 @@
 import contextlib
 import itertools
 import os
+import signal
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -221,13 +223,14 @@ def prepare_submitit() -> None:
     os.environ.setdefault("SUBMITIT_PREEMPT_SIGNAL", "USR1")  # before the import, which reads it
     from submitit import Job
 
+    signal.signal(signal.SIGTERM, lambda signum, frame: sys.exit(128 + signum))  # as on Ctrl-C: the results are shown
     results = Job.results
 
     def results_or_none(job: Any) -> list[Any]:
         try:
             return results(job)
         except Exception as error:
-            print(str(error).strip().partition("\n")[0], flush=True)
+            print(" ".join(str(error).split())[:300], flush=True)
             return [None]
 
     Job.results = results_or_none
