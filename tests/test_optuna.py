@@ -195,7 +195,7 @@ def test_how_trials_end(sweeps):
     trials = sweeps.trials(study)
     assert {state for values, state, _ in trials if values["model.n_head"] == "3"} == {"FAIL"}
     assert {state for values, state, _ in trials if values["model.n_head"] == "2"} == {"COMPLETE"}
-    failed = [job for job in sweep.current.jobs if sweep.current.run(job).state() == "failed"]
+    failed = [job for job in sweep.current.jobs if sweep.current.run_of(job).state() == "failed"]
     assert len(failed) == 1 and failed[0].values == {"model.n_head": "3"}
     assert "divisible by model.n_head=3" in (sweep.current.folder / failed[0].folder / ERROR).read_text()
 
@@ -276,8 +276,8 @@ def test_spaces(text, expected):
         (["++seed=1"], {}, "no values to choose from"),
         (["++optim.lrr=interval(1,2)"], {}, r"unknown key optim\.lrr; did you mean optim\.lr"),
         ([LR, "++trainer.max_steps=0"], {}, r"trainer\.max_steps"),
-        ([LR], {"n_trials": 0}, "n_trials=0 must be an integer >= 1"),
-        ([LR], {"n_trials": "many"}, "n_trials=many must be"),
+        ([LR], {"n_trials": 0}, "n_trials=0: must be an integer >= 1"),
+        ([LR], {"n_trials": "many"}, "n_trials=many: must be"),
         ([LR], {"n_jobs": 0}, r"hydra\.sweeper\.n_jobs=0"),
         ([LR], {"metric": "loss"}, "metric=loss: "),
     ],
