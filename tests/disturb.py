@@ -151,7 +151,7 @@ class CountSyncs(lightning.Callback):
 
     def on_train_start(self, trainer, pl_module):
         self.syncs = self.micro_batches = 0
-        strategy, scatter = trainer.strategy, distributed.reduce_scatter_tensor
+        strategy, scatter = trainer.strategy, distributed.reduce_scatter_single
         if hasattr(strategy.model, "register_comm_hook"):
             strategy.model.register_comm_hook(None, self.all_reduce)
 
@@ -159,7 +159,7 @@ class CountSyncs(lightning.Callback):
             self.syncs += 1
             return scatter(*arguments, **rest)
 
-        distributed.reduce_scatter_tensor = count
+        distributed.reduce_scatter_single = count
         pl_module.model.register_full_backward_hook(self.count)
 
     def count(self, *rest):
