@@ -76,8 +76,9 @@ class Sweep(config.Node):
     def write(self) -> None:
         """Raises UserError if another process runs this sweep."""
         global current
-        if not (self.folder / INDEX).exists():
+        if current is None and replayed is None:
             Run(self.folder).lock()
+            _check_new(self.folder)  # again: another process may have been faster
         write_json(self.folder / INDEX, self.model_dump())
         current = self
 
@@ -102,6 +103,8 @@ class Sweep(config.Node):
 
         def is_foreign(override: str) -> bool:
             key, _, value = override.lstrip("+~").partition("=")
+            if key.startswith("-"):  # a flag
+                return True
             if key.startswith("hydra"):
                 return key not in HARMLESS or not re.fullmatch(r"[\w/.-]*", value) or ".." in value
             is_option = "." not in key  # or a plain key at the top
@@ -141,6 +144,7 @@ class Sweep(config.Node):
                     f"job {job.folder} of {self.folder} composes to another config than when the sweep began: conf/ or "
                     "gptlab has changed; restore it, or start a new sweep"
                 )
+            job.overrides = overrides  # those that were checked: a sweep.json from elsewhere may hold others
             known[tuple(overrides)] = job
         self.write()
         return list({job.folder: job for c in combinations for job in [known[tuple(c)]]}.values())
@@ -241,8 +245,8 @@ def begin(folder: Path, overrides: list[str], varied: list[str], *, metric: Any,
     wrong."""
     from gptlab.data.files import available_cores
 
-    if replayed is None and (folder / INDEX).exists():
-        raise UserError(f"{Run(folder)} already holds a sweep; continue it with resume={Run(folder)}")
+    if replayed is None:
+        _check_new(folder)
     values = {"flags": cli.flags_of(sys.argv[1:]), "varied": varied, "folder": folder}
     if n_jobs > 1:
         values["cores_per_job"] = max(1, available_cores() // n_jobs)
@@ -255,6 +259,11 @@ def begin(folder: Path, overrides: list[str], varied: list[str], *, metric: Any,
         raise UserError(
             f"{problem['loc'][0]}={problem['input']}: {problem['msg']}".replace("Input should", "must")
         ) from None
+
+
+def _check_new(folder: Path) -> None:
+    if (folder / INDEX).exists():
+        raise UserError(f"{Run(folder)} already holds a sweep; continue it with resume={Run(folder)}")
 
 
 def find(arguments: list[str]) -> Path | None:
@@ -275,9 +284,11 @@ def replay(folder: Path, given: list[str]) -> list[str]:
         UserError: another process runs it, sweep.json is damaged or needs trust, or a key cannot be changed.
     """
     global replayed
-    Run(folder).lock()
-    sweep, values = Sweep.read(folder), {key_of(override): override.partition("=")[2] for override in given}
-    sweep.trust = values.pop("trust", "").lower() == "true"
+    values = {key_of(override): override.partition("=")[2] for override in given}
+    trust = values.pop("trust", "").lower() == "true"
+    Run(folder).claim(resuming=True, trust=trust)
+    sweep = Sweep.read(folder)
+    sweep.trust = trust
     targets.require_trust(folder / INDEX, sweep.foreign_overrides(), sweep.trust)
     overrides = {key_of(override): override for override in sweep.overrides}
     changes = {key_of(change): change for change in sweep.changes}

@@ -194,13 +194,18 @@ def test_two_at_once(make, tmp_path):
     state.place([[*BASE, "++seed=1"]], compose)
     with pytest.raises(UserError, match="already holds a sweep; continue it with resume=sweep"):
         make("seed")
+    second = state.model_copy()  # which began before the first had written anything
+    sweep.current = None
+    with pytest.raises(UserError, match="already holds a sweep"):
+        second.write()
 
 
 @pytest.mark.parametrize(
     "override",
     ["hydra.launcher._target_=hydra_plugins.x.Y", "hydra/launcher=../../x", "hydra/callbacks=x", "+hydra.callbacks.x._target_=y",
      "hydra.sweeper.storage=sqlite:////etc/x", "hydra.searchpath=[file:///tmp]", "model=../../tmp/evil", "experiment=/tmp/evil",
-     "experiment=[a,/tmp/evil]", "model@hydra.callbacks=x", "++trust=true", "++resume=elsewhere", "~hydra.callbacks.gatekeeper"],
+     "experiment=[a,/tmp/evil]", "model@hydra.callbacks=x", "++trust=true", "++resume=elsewhere", "~hydra.callbacks.gatekeeper",
+     "--config-dir=evil"],
 )  # fmt: skip
 @pytest.mark.parametrize("place", ["overrides", "changes", "jobs"])
 def test_an_untrusted_sweep(make, override, place):
@@ -229,6 +234,31 @@ def test_untrusted_code_in_a_job(make, override):
             continue
         with pytest.raises(UserError, match="add trust=true"):
             make("seed").place([combination], compose)
+
+
+def test_what_was_checked_is_what_starts(make):
+    """A job of an untrusted sweep.json can have the id of one config and the overrides of another."""
+    state = make("seed")
+    combination = [*BASE, "++seed=1"]
+    (job,) = state.place([combination], compose)
+    job.overrides = [*combination, "++callbacks.x._target_=os.system"]
+    state.write()
+    sweep.replay(state.folder, [])
+    (job,) = make("seed").place([combination], compose)
+    assert (job.folder, job.overrides) == ("0", combination)
+
+
+@pytest.mark.parametrize("link", [".lock", "0"])
+def test_links_of_an_untrusted_sweep(make, tmp_path, link):
+    """Writing through .lock would empty the file that it names."""
+    state = make("seed")
+    state.place([[*BASE, "++seed=1"]], compose)
+    (tmp_path / "mine").write_text("mine")
+    (state.folder / link).unlink(missing_ok=True)
+    (state.folder / link).symlink_to(tmp_path / "mine")
+    with pytest.raises(UserError, match="is a symbolic link"):
+        sweep.replay(state.folder, [])
+    assert (tmp_path / "mine").read_text() == "mine"
 
 
 def test_your_own_options_need_trust(make):
