@@ -8,6 +8,7 @@ import contextlib
 import ctypes
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -19,6 +20,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+from gptlab import config
 from gptlab.errors import UserError
 from gptlab.run import ERROR, Run
 from gptlab.terminal import printable
@@ -74,18 +76,19 @@ class Process:
 
     def look(self) -> None:
         """Read step and loss from the run folder."""
-        if self.max_steps is None and (self.folder / "run.json").exists():
-            self.max_steps = Run(self.folder).read_config()["trainer"]["max_steps"]
+        with contextlib.suppress(UserError):  # not started yet, or damaged, which the job will say
+            steps = config.select(Run(self.folder).read_config(), "trainer.max_steps")
+            self.max_steps = steps if isinstance(steps, int) else None  # a resume may have changed it
         for entry in _last_entries(self.folder / "metrics.jsonl"):
-            self.step = entry.get("step", self.step)
+            self.step = entry["step"]
             self.losses |= {
-                name: value for name, value in entry.items() if name.endswith("/loss") and value is not None
+                name: value for name, value in entry.items() if name.endswith("/loss") and isinstance(value, float)
             }
         if self._first is None and self.losses:
             self._first = (self.step, time.monotonic())
 
     def seconds_left(self) -> float | None:
-        if self._first is None or self.max_steps is None or self.step <= self._first[0]:
+        if self._first is None or self.max_steps is None or not self._first[0] < self.step <= self.max_steps:
             return None
         return (self.max_steps - self.step) * (time.monotonic() - self._first[1]) / (self.step - self._first[0])
 
@@ -256,7 +259,8 @@ def _last_entries(path: Path) -> list[dict[str, Any]]:
         with open(path, "rb") as file:
             file.seek(max(0, path.stat().st_size - 4096))
             lines = file.read().split(b"\n")[1:-1]
-        return [entry for line in lines if isinstance(entry := json.loads(line), dict)]
+        entries = [entry for line in lines if isinstance(entry := json.loads(line), dict)]
+        return [entry for entry in entries if isinstance(entry.get("step"), int)]
     return []
 
 
@@ -265,7 +269,7 @@ def _reason(log: bytes, status: int) -> str:
     if status < 0:
         return f"killed by {signal.Signals(-status).name}" + (" (out of memory?)" if status == -signal.SIGKILL else "")
     lines = [line.strip() for line in log.decode("utf-8", "replace").splitlines() if line.strip()]
-    errors = [line for line in lines if line.lower().startswith("error: ")]
+    errors = [line for line in lines if re.match(r"(?i:error: )|[\w.]+(Error|Exception): ", line)]  # advice may follow
     return (errors or lines or [f"status {status}"])[-1].removeprefix("error: ").removeprefix("ERROR: ")[:500]
 
 

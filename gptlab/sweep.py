@@ -7,6 +7,7 @@ sweep.json is written before the first job starts. A job is identified by a hash
 starts or resumes follows from its folder, on a cluster as here.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -136,14 +137,17 @@ class Sweep(config.Node):
             job_id = identity(cfg, values)
             job = known.get(tuple(overrides)) or next((job for job in self.jobs if job.id == job_id), None)
             if job is None:
-                threads = self._threads(cfg)
-                job = Job(folder=self._free(), id=job_id, values=values, overrides=overrides, threads=threads)
+                job = Job(folder=self._free(), id=job_id, values=values, overrides=overrides, threads=None)
                 self.jobs.append(job)
             elif job.id != job_id and not (self.folder / job.folder / "config.yaml").exists():
                 raise UserError(
                     f"job {job.folder} of {self.folder} composes to another config than when the sweep began: conf/ or "
                     "gptlab has changed; restore it, or start a new sweep"
                 )
+            elif (done := self.run_of(job).read_summary()) and cfg.trainer.max_steps < done["steps"]:
+                limit = f"trainer.max_steps={cfg.trainer.max_steps}"
+                raise UserError(f"{limit}: job {job.folder} has already reached step {done['steps']}")
+            job.threads = job.threads or self._threads(cfg)
             job.overrides = overrides  # those that were checked: a sweep.json from elsewhere may hold others
             known[tuple(overrides)] = job
         self.write()
@@ -181,7 +185,7 @@ class Sweep(config.Node):
     def job_overrides(self, job: Job) -> list[str]:
         """What a launcher gets."""
         machine = [f"++trainer.threads={job.threads}"] * bool(job.threads) + ["++trust=true"] * bool(self.trust)
-        return [*job.overrides, *self.changes, *machine, f"hydra.sweep.subdir={job.folder}"]
+        return [*job.overrides, *machine, *self.changes, f"hydra.sweep.subdir={job.folder}"]
 
     def goal(self, job: Job) -> float | None:
         """What a search minimizes; None if the job has not finished."""
@@ -301,7 +305,7 @@ def replay(folder: Path, given: list[str]) -> list[str]:
         elif key in sweep.varied:
             overrides[key] = _with_values(overrides[key], f"{key}={value}")
         elif key in resume.RESUME_MAY_CHANGE:
-            changes[key] = f"++{key}={value}"
+            changes[key] = f"++{key}={_normalized(key, value)}"
         else:
             refused.append(key)
     if refused:
@@ -313,6 +317,16 @@ def replay(folder: Path, given: list[str]) -> list[str]:
     sweep.changes = list(changes.values())
     replayed = sweep
     return ["-m", *sweep.flags, *overrides.values(), f"hydra.sweep.dir={cli.quote(str(folder))}"]
+
+
+def _normalized(key: str, value: str) -> str:
+    """A limit as config.yaml has it (1e3 -> 1000, 1h -> 00:01:00:00); what is wrong is reported where it is composed."""
+    with contextlib.suppress(ValueError, OverflowError):
+        if key == "trainer.max_steps":
+            return str(int(value) if value.isdigit() else config._integral(float(value)))
+        if key == "trainer.max_time":
+            return config._duration(value)
+    return value
 
 
 def _with_values(swept: str, added: str) -> str:

@@ -59,6 +59,22 @@ def test_the_reason_is_of_the_last_start(tmp_path):
         assert (tmp_path / "0/error.txt").read_text() == reason
 
 
+def test_the_reason_is_not_the_advice_that_follows_it():
+    log = b"error: warmup\nTraceback (most recent call last):\n  File x\npkg.OwnError: no\n\nnothing was saved yet; to resume:\n  cmd"
+    assert jobs._reason(log, 1) == "pkg.OwnError: no"
+
+
+def test_a_resume_may_have_changed_the_number_of_steps(tmp_path):
+    """config.yaml is the old one until the job has started; and one from elsewhere may hold anything."""
+    process = jobs.Process(tmp_path, [], "job")
+    for text, max_steps in (("trainer: {max_steps: 40}", 40), ("trainer: {max_steps: 60}", 60), ("trainer: 5", None)):
+        (tmp_path / "config.yaml").write_text(text)
+        process.look()
+        assert process.max_steps == max_steps
+    (tmp_path / "config.yaml").write_text("[")
+    process.look()
+
+
 def test_a_log_that_is_a_link_is_not_followed(tmp_path):
     """Somebody else's sweep folder could let a resume write anywhere."""
     (tmp_path / "0").mkdir()

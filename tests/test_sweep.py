@@ -116,6 +116,17 @@ def test_threads_of_jobs_that_ran_alone(make):
     assert state.place([[*BASE, "++seed=1"], [*BASE, "++seed=2"]], compose)[1].threads == 3
 
 
+def test_threads_of_jobs_that_had_not_started(make):
+    """Another machine, or another OMP_NUM_THREADS, must not answer for them either."""
+    state = make("seed")
+    jobs = state.place([[*BASE, "++seed=1"], [*BASE, "++seed=2"]], compose)
+    finish(state, jobs[0])  # with 3 threads
+    sweep.replay(state.folder, [])
+    state = make("seed")
+    job = state.place([[*BASE, "++seed=1"], [*BASE, "++seed=2"]], compose)[1]
+    assert "++trainer.threads=3" in state.job_overrides(job)
+
+
 def test_states(make):
     state = make("seed")
     placed = state.place([[*BASE, f"++seed={seed}"] for seed in range(5)], compose)
@@ -138,7 +149,7 @@ def test_a_resume_composes_only_what_is_left(make):
     sweep.replay(state.folder, [])
     composed = []
     placed = make("seed").place(combinations, lambda overrides: composed.append(overrides) or compose(overrides))
-    assert placed == [first, second] and composed == [combinations[1]]
+    assert [job.id for job in placed] == [first.id, second.id] and composed == [combinations[1]]
 
 
 def test_what_a_resume_can_change(make):
@@ -170,9 +181,22 @@ def test_longer_training_resumes_finished_jobs(make):
     finish(state, short)
     finish(state, long, steps=40)
     finish(state, stopped, ended="early_stopping")
-    sweep.replay(state.folder, ["++trainer.max_steps=40"])
+    sweep.replay(state.folder, ["++trainer.max_steps=4e1"])
     state = make("seed")
     assert [state.is_done(job) for job in (short, long, stopped)] == [False, True, True]
+    sweep.replay(state.folder, ["++trainer.max_steps=30"])
+    with pytest.raises(UserError, match=r"trainer\.max_steps=30: job 1 has already reached step 40"):
+        make("seed").place([job.overrides for job in (short, long, stopped)], compose)
+
+
+@pytest.mark.parametrize(
+    ("key", "given", "saved"),
+    [("max_steps", "1e3", "1000"), ("max_steps", "many", "many"), ("max_time", "90m", "00:01:30:00"), ("max_time", "null", "null")],
+)  # fmt: skip
+def test_a_new_limit_is_compared_with_config_yaml(make, key, given, saved):
+    make("seed").write()
+    sweep.replay(Path("sweep"), [f"++trainer.{key}={given}"])
+    assert sweep.replayed.changes == [f"++trainer.{key}={saved}"]
 
 
 def test_conf_has_changed(make):
@@ -185,7 +209,7 @@ def test_conf_has_changed(make):
         make("seed").place([combination], lambda overrides: compose([*overrides, "++optim.lr=1"]))
     finish(state, job)
     (state.folder / "0/summary.json").unlink()
-    assert make("seed").place([combination], lambda overrides: compose([*overrides, "++optim.lr=1"])) == [job]
+    assert make("seed").place([combination], lambda overrides: compose([*overrides, "++optim.lr=1"]))[0].folder == "0"
 
 
 def test_two_at_once(make, tmp_path):
