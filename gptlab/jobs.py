@@ -60,7 +60,6 @@ class Process:
 
     def start(self, environment: dict[str, str]) -> None:
         """Raises UserError if nothing can be written there."""
-        Run(self.folder).wait_until_unlocked()
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             (self.folder / ERROR).unlink(missing_ok=True)
@@ -141,7 +140,11 @@ def run(
                 shares.append(job.gpus)
                 screen.ended(job, job.conclude(job.process.returncode))
                 changed = True
-            while len(live) < n_jobs and not signals and (job := next(waiting, None)) and not signals:
+            while len(live) < n_jobs and not signals and (job := next(waiting, None)):
+                while Run(job.folder).is_locked() and not signals:
+                    time.sleep(POLL)
+                if signals:
+                    break
                 job.gpus = shares.pop(0)
                 job.start(environment | job.gpus)
                 live.append(job)

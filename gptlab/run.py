@@ -146,10 +146,14 @@ class Run:
         file.flush()
         _locks.append(file)
 
-    def wait_until_unlocked(self) -> None:
-        """Until no process writes there any more: a job of a sweep that was killed still saves."""
+    def is_locked(self) -> bool:
+        """Whether another process writes there: a job of a sweep that was killed still saves."""
         with contextlib.suppress(OSError), open(self.folder / LOCK, "a", encoding="utf-8") as file:
-            fcntl.lockf(file, fcntl.LOCK_EX)
+            try:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return True
+        return False
 
     def discard(self) -> None:
         """Remove the folder if `claim` made it and the run was refused or stopped before it began."""

@@ -12,6 +12,7 @@ import pytest
 
 from gptlab import jobs
 from gptlab.errors import UserError
+from gptlab.run import Run
 
 FINISHED = """
 import json
@@ -73,6 +74,24 @@ def test_a_resume_may_have_changed_the_number_of_steps(tmp_path):
         assert process.max_steps == max_steps
     (tmp_path / "config.yaml").write_text("[")
     process.look()
+
+
+def test_a_signal_ends_the_wait_for_a_locked_job(tmp_path):
+    """Another process may hold its folder for hours."""
+    Run(tmp_path / "0").lock()
+    code = f"""
+        from pathlib import Path
+        from gptlab import jobs
+        print("waiting", flush=True)
+        print(jobs.run([jobs.Process(Path({str(tmp_path / "0")!r}), ["false"], "job 0")], n_jobs=1))
+    """
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        process.stdout.readline()
+        time.sleep(0.3)
+        process.terminate()
+        assert process.communicate(timeout=10)[0] == f"{signal.SIGTERM}\n"
+    assert not (tmp_path / "0/job.log").exists()
 
 
 def test_a_log_that_is_a_link_is_not_followed(tmp_path):
