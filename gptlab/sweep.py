@@ -93,7 +93,13 @@ class Sweep(config.Node):
             return state == "failed" and self.proposals is not None
         ended = f"trainer.{run.read_summary()['ended']}"
         limits = [change.partition("=")[2] for change in self.changes if key_of(change) == ended]
-        return not limits or limits[-1] == str(config.select(run.read_config(), ended))
+        return not limits or limits[-1] == str(self.saved(job, ended))
+
+    def saved(self, job: Job, key: str) -> Any:
+        """From config.yaml; None if that is missing or damaged, which the job will say when it resumes."""
+        with contextlib.suppress(UserError):
+            return config.select(self.run_of(job).read_config(), key)
+        return None
 
     def resume_command(self) -> str:
         trust = self.foreign_overrides() or any("_target_" in text for job in self.jobs for text in job.overrides)
@@ -117,9 +123,9 @@ class Sweep(config.Node):
     def first_cores(self) -> int | None:
         """Threads of all processes of the first job that has started."""
         for job in self.jobs:
-            if (self.folder / job.folder / "config.yaml").exists():
-                trainer = self.run_of(job).read_config()["trainer"]
-                return trainer["threads"] * trainer["devices"]
+            threads, devices = self.saved(job, "trainer.threads"), self.saved(job, "trainer.devices")
+            if isinstance(threads, int) and isinstance(devices, int):
+                return threads * devices
         return None
 
     def place(self, combinations: Sequence[Sequence[str]], compose: Callable[[list[str]], Any]) -> list[Job]:

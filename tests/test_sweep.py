@@ -116,6 +116,21 @@ def test_threads_of_jobs_that_ran_alone(make):
     assert state.place([[*BASE, "++seed=1"], [*BASE, "++seed=2"]], compose)[1].threads == 3
 
 
+@pytest.mark.parametrize("content", ["[", "trainer: 5", "trainer: {threads: auto, devices: 1}"])
+def test_a_damaged_job_does_not_stop_the_others(make, content):
+    """It is resumed, and fails with what is wrong."""
+    state = make("seed")
+    combinations = [[*BASE, f"++seed={seed}"] for seed in (1, 2)]
+    first, second = state.place(combinations, compose)
+    finish(state, first)
+    finish(state, second)
+    (state.folder / "0/config.yaml").write_text(content)
+    sweep.replay(state.folder, ["++trainer.max_steps=30"])
+    state = make("seed")
+    assert state.cores_per_job == 3
+    assert [state.is_done(job) for job in state.place(combinations, compose)] == [False, False]
+
+
 def test_threads_of_jobs_that_had_not_started(make):
     """Another machine, or another OMP_NUM_THREADS, must not answer for them either."""
     state = make("seed")
