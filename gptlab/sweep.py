@@ -389,7 +389,8 @@ def _update_results(running: set[str]) -> None:
     from gptlab import results
 
     if current:
-        results.update(current, running, picture=False)
+        with contextlib.suppress(OSError):  # a full disk ends no job; `conclude` tries again, and says so
+            results.update(current, running, picture=False)
 
 
 def run_job(entry: str, cfg: Any) -> float | None:

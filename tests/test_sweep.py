@@ -131,6 +131,15 @@ def test_a_damaged_job_does_not_stop_the_others(make, content):
     assert [state.is_done(job) for job in state.place(combinations, compose)] == [False, False]
 
 
+def test_results_that_cannot_be_written_end_no_job(make):
+    state = make("seed")
+    state.place([[*BASE, "++seed=1"]], compose)
+    (state.folder / "results.md").mkdir()
+    sweep._update_results({"0"})
+    with pytest.raises(OSError):
+        sweep.conclude()
+
+
 def test_threads_of_jobs_that_had_not_started(make):
     """Another machine, or another OMP_NUM_THREADS, must not answer for them either."""
     state = make("seed")
