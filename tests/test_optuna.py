@@ -24,7 +24,6 @@ from gptlab.run import ERROR, Run
 optuna = pytest.importorskip("optuna", reason="needs pip install 'gptlab[optuna]'")
 from gptlab import search  # noqa: E402
 
-sys.path.append(str(Path(gptlab.__file__).parent / "plugins"))
 import hydra_plugins.gptlab as plugin  # noqa: E402
 
 LR, N_LAYER = "++optim.lr=tag(log,interval(1e-4,1e-2))", "++model.n_layer=int(interval(1,4))"
