@@ -22,9 +22,9 @@ from gptlab.errors import UserError
 from gptlab.run import ERROR, Run
 
 optuna = pytest.importorskip("optuna", reason="needs pip install 'gptlab[optuna]'")
-from gptlab import search  # noqa: E402
-
 import hydra_plugins.gptlab as plugin  # noqa: E402
+
+from gptlab import search  # noqa: E402
 
 LR, N_LAYER = "++optim.lr=tag(log,interval(1e-4,1e-2))", "++model.n_layer=int(interval(1,4))"
 
