@@ -22,10 +22,9 @@ from gptlab.errors import UserError
 from gptlab.run import ERROR, Run
 
 optuna = pytest.importorskip("optuna", reason="needs pip install 'gptlab[optuna]'")
-from gptlab import search  # noqa: E402
-
-sys.path.append(str(Path(gptlab.__file__).parent / "plugins"))
 import hydra_plugins.gptlab as plugin  # noqa: E402
+
+from gptlab import search  # noqa: E402
 
 LR, N_LAYER = "++optim.lr=tag(log,interval(1e-4,1e-2))", "++model.n_layer=int(interval(1,4))"
 
@@ -235,12 +234,12 @@ def test_two_sweeps_on_one_study(sweeps):
         sweeps.start(LR, name="one", n_trials=4, **shared)
     sweeps.kill_at = math.inf
     states = [state for _, state, _ in sweeps.trials(sweeps.start(LR, name="two", n_trials=4, **shared))]
-    assert states == ["RUNNING", "COMPLETE", "COMPLETE", "COMPLETE"]
+    assert states == ["RUNNING", "COMPLETE", "COMPLETE", "COMPLETE"] and sweep.current.proposals == 0
     study = sweeps.start(name="one", n_trials=4, resume=True, **shared)
     assert [state for _, state, _ in sweeps.trials(study)] == ["COMPLETE"] * 4
     assert len(sweep.Sweep.read(sweeps.folder / "one").jobs) == 1
-    own = sweeps.start(LR, name="three", n_trials=1, storage=shared["storage"])
-    assert len(own.trials()) == 1
+    (own,) = sweeps.start(LR, name="three", n_trials=1, storage=shared["storage"]).trials()
+    assert own.params not in [trial.params for trial in study.trials()]
     with pytest.raises(UserError, match=r"optim\.lr was drawn from another set in trial 0"):
         sweeps.start("++optim.lr=1e-3,1e-2", name="four", **shared)
 
