@@ -6,6 +6,8 @@ proposed is a function of the trials so far: a study that was killed ends in the
 
 import contextlib
 import re
+import time
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -49,17 +51,21 @@ class Study:
     def __init__(
         self, folder: Path, storage: str | None, name: str | None, space: dict[str, BaseDistribution], seed: int
     ) -> None:
-        self.space, self.seed = space, seed
+        # Machines that start together are to propose different values.
+        self.space, self.seed = space, seed + (zlib.crc32(folder.name.encode()) if storage else 0)
         self.owner = folder.name if storage else "sweep"
         self.storage = (
             storage or sqlalchemy.URL.create("sqlite", database=str(folder.resolve() / FILE)).render_as_string()
         )
         if (folder / FILE).is_symlink():
             raise UserError(f"{folder / FILE} is a symbolic link; remove it")
+        options = {"storage": self.storage, "study_name": name or self.owner, "load_if_exists": True}
         with self._errors():
-            self._study = optuna.create_study(
-                storage=self.storage, study_name=name or self.owner, direction="minimize", load_if_exists=True
-            )
+            try:
+                self._study = optuna.create_study(**options)
+            except sqlalchemy.exc.DBAPIError:  # another machine may be making the tables
+                time.sleep(0.5)
+                self._study = optuna.create_study(**options)
             if self._study.directions != [optuna.study.StudyDirection.MINIMIZE]:
                 raise UserError(f"hydra.sweeper.study={name}: that study maximizes, or has several goals")
 

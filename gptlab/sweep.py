@@ -360,8 +360,11 @@ def process(entry: str, overrides: Sequence[str], folder: Path) -> jobs.Process:
     else:
         own = [override for override in overrides if not override.startswith("hydra.")]
         command += [*flags, *own, "hydra.mode=RUN", f"hydra.run.dir={cli.quote(str(folder))}"]
-    values = " ".join(f"{key}={value}" for key, value in job.values.items()) if job else " ".join(overrides)
-    return jobs.Process(folder, command, f"job {folder.name} ({values})")
+    values = (
+        {key: f"{value:.6g}" if isinstance(value, float) else value for key, value in job.values.items()} if job else {}
+    )
+    label = " ".join(f"{key}={value}" for key, value in values.items()) or " ".join(overrides)
+    return jobs.Process(folder, command, f"job {folder.name} ({label})")
 
 
 def run_jobs(entry: str, given: Iterable[tuple[Sequence[str], Path]], n_jobs: int) -> None:

@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 
+import gptlab
 from gptlab.data import documents, prepare
 from gptlab.tokenizer import BPETokenizer
 
+sys.path.append(str(Path(gptlab.__file__).parent / "plugins"))  # Hydra looks once in a process, maybe before cli.main
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # several tests at a time: threads that wait for each other spin
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as cli.py sets it for users
 
@@ -81,8 +83,8 @@ def warm():
     server.wait()
 
 
-@pytest.fixture
-def gptlab(warm, tmp_path, tmp_path_factory, monkeypatch):
+@pytest.fixture(name="gptlab")
+def _gptlab(warm, tmp_path, tmp_path_factory, monkeypatch):
     """Run `python -m gptlab.<entry> arguments` in an empty folder, as a user would; returns the finished process."""
     monkeypatch.setenv("GPTLAB_DATA", str(tmp_path / "data"))
     output = tmp_path_factory.mktemp("output")

@@ -375,6 +375,14 @@ def test_the_command_of_a_job(make, monkeypatch):
     assert started.label == "job 0 (seed=1)"
 
 
+def test_a_job_of_a_preset_is_a_run():
+    """Its command names the preset, which may set more than values to sweep; it must not become a sweep itself."""
+    chosen = ["sweep=seeds", "data=python_docs", "hardware=cpu"]
+    assert cli.prepare_overrides(chosen, "train")[0] == "-m"
+    line = cli.prepare_overrides([*chosen, "hydra.mode=RUN", "hydra.run.dir=x/0"], "train")
+    assert "-m" not in line and "sweep=seeds" in line
+
+
 def test_jobs_get_the_interpreter_with_its_flags(make, monkeypatch):
     monkeypatch.setattr(sweep.subprocess, "_args_from_interpreter_flags", lambda: ["-O", "-X", "utf8"])
     command = sweep.process("sample", ["++seed=1"], Path("x/0")).command

@@ -147,9 +147,10 @@ class Optuna(Grid):
             )
         if not self.state.jobs:
             self.check([self.combination(params) for params in search.samples(space, 5)])
-        self.state.folder.mkdir(parents=True, exist_ok=True)
+        if self.storage is None:
+            self.state.folder.mkdir(parents=True, exist_ok=True)
         self.study = search.Study(self.state.folder, self.storage, self.name, space, self.config.seed)
-        self.state.proposals = max(0, self.n_trials - len(self.study.trials()))
+        self.state.proposals = self.left()
         self.state.write()
         trials = self.trials()
         if isinstance(self.launcher, Local):
@@ -163,14 +164,18 @@ class Optuna(Grid):
         """What to start next: trials that were interrupted, then new ones."""
         started: set[str] = set()
         while True:
+            self.state.proposals = self.left()
             if todo := [job for job in self.tell() if job.folder not in started]:
                 started.add(todo[0].folder)
                 yield self.state.job_overrides(todo[0])
-            elif (left := self.n_trials - len(self.study.trials())) > 0:
+            elif self.state.proposals:
                 self.study.propose()
-                self.state.proposals = left - 1
             else:
                 return
+
+    def left(self) -> int:
+        """How many trials are to be proposed, by whichever machine."""
+        return max(0, self.n_trials - len(self.study.trials()))
 
     def tell(self) -> list[Any]:
         """Tell the study of the trials that have ended; returns the jobs of the others."""
