@@ -23,7 +23,7 @@ from typing import Any
 from hydra.experimental.callback import Callback
 
 from gptlab import config, jobs, resume, targets
-from gptlab.config import did_you_mean
+from gptlab.config import SWEEP_KEYS, did_you_mean
 from gptlab.errors import JobError, UserError
 from gptlab.run import Run, is_first_process
 from gptlab.terminal import printable
@@ -31,9 +31,6 @@ from gptlab.terminal import printable
 DATA_PATHS = ("data.path", "data.val_path", "data.folder")
 # Free text: taken word for word, except in sweeps, where Hydra's grammar rules.
 TEXT_KEYS = ("prompt", "prompt_file", "ckpt", "resume", *DATA_PATHS, "path", "out", "hub_split", "callbacks.sample_text.prompt")  # fmt: skip
-# Short names on the command line of a sweep.
-SWEEP_KEYS = {"n_jobs": "hydra.launcher.n_jobs", "n_trials": "hydra.sweeper.n_trials",
-              "metric": "hydra.sweeper.metric", "at": "hydra.sweeper.at"}  # fmt: skip
 FULL_ERROR = os.environ.get("HYDRA_FULL_ERROR") == "1"
 
 _claimed: Run | None = None  # the run folder of this process

@@ -6,15 +6,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from gptlab import cli, results, resume
+from gptlab import cli, results, resume, sweep
 from gptlab.config import did_you_mean
 from gptlab.errors import UserError
 from gptlab.run import Run
-from gptlab.sweep import Sweep
 from gptlab.terminal import printable
 
 HELP = """
   python -m gptlab.compare sweeps/NAME/DATE                   a sweep, also while it runs
+  python -m gptlab.compare latest                             the newest sweep or run
   python -m gptlab.compare outputs/NAME sweeps/NAME           every run and sweep below these folders
   python -m gptlab.compare sweeps name=NAME tag=TAG           those with a name or tag
   python -m gptlab.compare sweeps optim.lr=0.001,0.003        those with these values of a key
@@ -26,7 +26,7 @@ Runs that differ in seed alone are one configuration. Writes nothing but what ou
   at=last        at the last validation; at=best: at the one with the lowest loss
 """
 # What no run differs in, as far as its results go: the machine, and where data lie (tables compare their checksums).
-IGNORED = {"data.name", "data.url", "data.sha256", "data.file", "data.fallback", *resume.FOLLOWS,
+IGNORED = {"trainer.val_every", "data.name", "data.url", "data.sha256", "data.file", "data.fallback", *resume.FOLLOWS,
            *resume.RESUME_MAY_CHANGE} - {"trainer.max_steps", "trainer.max_time", "optim.decay_steps", "optim.skip_nonfinite"}  # fmt: skip
 SHOWN_ONLY = ("callbacks.progress.", "callbacks.sample_text.")
 
@@ -71,12 +71,14 @@ def is_free(folder: Path) -> bool:
 def find_jobs(path: Path) -> list[results.Job]:
     """The run `path`, or all jobs of sweeps and runs below it."""
     path = path.expanduser()
+    if str(path) == "latest":
+        path = sweep.find(["resume=latest"]) or Run.find("latest").folder
     if not path.is_dir():
-        raise UserError(f"{path}: no such folder; settings are KEY=VALUE")
+        raise UserError(f"{path}: no such folder; folders such as sweeps, or latest; settings are KEY=VALUE")
     jobs: dict[Path, dict[str, Any]] = {}  # folder -> values that its sweep varied
     for index in sorted(path.rglob("sweep.json")):
         try:
-            jobs |= {index.parent / job.folder: job.values for job in Sweep.read(index.parent).jobs}
+            jobs |= {index.parent / job.folder: job.values for job in sweep.Sweep.read(index.parent).jobs}
         except UserError as error:
             print(f"warning: {printable(str(error))}", file=sys.stderr)
     for name in ("run.json", "summary.json"):
@@ -117,8 +119,9 @@ def equal(value: Any, text: str) -> bool:
 
 
 def varied_keys(jobs: list[results.Job]) -> list[str]:
-    """Keys whose values differ and change what a run computes."""
-    configs = [job.config for job in jobs if job.config]
+    """Keys that change what a run computes, and differ among the finished ones, if there are two."""
+    finished = [job.config for job in jobs if job.status == "finished"]
+    configs = finished if len(finished) > 1 else [job.config for job in jobs if job.config]
     keys = sorted(dict.fromkeys(key for config in configs for key in config), key=lambda key: key == "seed")  # last
     return [
         key

@@ -18,6 +18,9 @@ from gptlab.errors import UserError
 from gptlab.targets import foreign_targets
 from gptlab.tokenizer import MAX_VOCAB_SIZE
 
+# Short names on the command line of a sweep.
+SWEEP_KEYS = {"n_jobs": "hydra.launcher.n_jobs", "n_trials": "hydra.sweeper.n_trials",
+              "metric": "hydra.sweeper.metric", "at": "hydra.sweeper.at"}  # fmt: skip
 VALIDATED = ("val/loss", "val/perplexity", "val/bits_per_byte")  # what each validation measures
 PRECISIONS = {"32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}  # ours -> Lightning's
 
@@ -349,9 +352,9 @@ def _check(schema: type[Node], node: dict, at: str, values: dict) -> tuple[Node 
 def _describe(key: str, error: Any, keys: list[str]) -> str:
     given, kind = error["input"], error["type"]
     if kind == "extra_forbidden":
-        if key in ("experiment", "debug", "hardware", "recipe"):
+        if key in ("experiment", "sweep", "debug", "hardware", "recipe"):
             return f"{key}={next(iter(given), '')}: the first line of its YAML must be `# @package _global_`"
-        return f"unknown key {key}{did_you_mean(key, keys)}"
+        return f"unknown key {key}{did_you_mean(key, [*keys, *SWEEP_KEYS])}"
     if kind == "missing":
         fix = "name the class to build, such as my_package.MyClass" if "_target_" in key else f"add {key}=VALUE"
         return f"{key} is missing; {fix}"

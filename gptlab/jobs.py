@@ -27,7 +27,7 @@ from gptlab.terminal import printable
 
 LOG = "job.log"  # in the folder of a job: all that it prints
 PARENT = "GPTLAB_SWEEP_PROCESS"  # environment variable of a job
-POLL, REFRESH = 0.05, 0.5  # seconds
+POLL, REFRESH, UPDATE = 0.05, 0.5, 60.0  # seconds
 STOPS = (
     129,
     130,
@@ -42,13 +42,13 @@ RANKS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "NODE_RANK", "GROUP_RANK", "LOCAL_W
          "PL_GLOBAL_SEED", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_NODEID", "SLURM_JOB_NAME")  # fmt: skip
 
 
-@dataclass
+@dataclass(eq=False)
 class Process:
     """A job's process, and how far its run is."""
 
     folder: Path
     command: list[str]
-    label: str
+    values: str  # of the swept keys
     process: Any = None
     gpus: dict[str, str] = field(default_factory=dict)  # environment variables
     started: float = 0.0
@@ -57,6 +57,10 @@ class Process:
     losses: dict[str, float] = field(default_factory=dict)
     _first: tuple[int, float] | None = None  # step and time of the first look
     _log_start: int = 0
+
+    @property
+    def label(self) -> str:
+        return f"job {self.folder.name} ({self.values})"
 
     def start(self, environment: dict[str, str]) -> None:
         """Raises UserError if nothing can be written there."""
@@ -99,7 +103,7 @@ class Process:
         )
         left = self.seconds_left()
         end = "" if left is None else f", {_duration(left)} left"
-        return f"{self.label}: step {self.step:,} of {self.max_steps:,}{losses}{end}"
+        return f"job {self.folder.name}: step {self.step:,} of {self.max_steps:,}{losses}{end} ({self.values})"
 
     def conclude(self, status: int) -> str:
         """What became of it, in words; the reason of a failure is written to error.txt."""
@@ -123,14 +127,14 @@ def run(
     on_change: Callable[[set[str]], None] = lambda running: None,
 ) -> int | None:
     """Run them all, `n_jobs` at a time; `done` of the `total` have ended before. The next one is asked for when it can
-    start. `on_change` gets the folders of those that run now.
+    start. `on_change` gets the folders of those that run now, also every minute.
 
     Returns:
         The signal that ended this early, or None.
     """
     environment = {key: value for key, value in os.environ.items() if key not in (*RANKS, "HYDRA_FULL_ERROR")}
     environment[PARENT] = str(os.getpid())
-    waiting, live, screen = iter(jobs), [], Screen(total, done)
+    waiting, live, screen, updated = iter(jobs), [], Screen(total, done), time.monotonic()
     shares = list(gpu_shares(n_jobs))
     with forwarding(live) as signals:
         while True:
@@ -152,8 +156,9 @@ def run(
                     job.process.send_signal(signals[-1])
                 screen.started(job)
                 changed = True
-            if changed:
+            if changed or time.monotonic() - updated > UPDATE:
                 on_change({job.folder.name for job in live})
+                updated = time.monotonic()
             if not live:
                 break
             screen.refresh(live, n_jobs)
@@ -222,7 +227,13 @@ class Screen:
         self._print(f"{job.label}: {how}{loss}, {_duration(self._seconds[-1])}")
 
     def _print(self, text: str) -> None:
-        print(("\x1b[J" if self._in_place else "") + printable(text), flush=True)  # over the lines of `refresh`
+        self._write(("\x1b[J" if self._in_place else "") + printable(text) + "\n")  # over the lines of `refresh`
+
+    def _write(self, text: str) -> None:
+        try:
+            print(text, end="", flush=True)
+        except BrokenPipeError:  # `| head` has seen enough; the jobs have not
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
     def refresh(self, live: list[Process], n_jobs: int) -> None:
         if not self._in_place or time.monotonic() < self._next or not live:
@@ -232,24 +243,19 @@ class Screen:
             job.look()
         left = self.seconds_left(live, max(0, self.total - self.done - len(live)), n_jobs)
         end = "" if left is None else f", {_duration(left)} left"
-        lines = [*(job.describe() for job in live), f"{self.done} of {self.total} jobs done{end}"]
-        width = shutil.get_terminal_size().columns - 1
+        columns, rows = shutil.get_terminal_size()
+        lines = [*(job.describe() for job in live), f"{self.done} of {self.total} jobs done{end}"][1 - rows :]
         # The cursor returns to the first line, so that whatever is printed next takes its place.
-        print(
-            "\x1b[J" + "\n".join(printable(line)[:width] for line in lines) + f"\x1b[{len(lines) - 1}F",
-            end="",
-            flush=True,
-        )
+        self._write("\x1b[J" + "\n".join(printable(line)[: columns - 1] for line in lines) + f"\x1b[{len(lines) - 1}F")
 
     def seconds_left(self, live: list[Process], waiting: int, n_jobs: int) -> float | None:
         """Of the whole sweep; None while there is nothing to judge by."""
-        running = [left for job in live if (left := job.seconds_left()) is not None]
-        totals = self._seconds + [
-            left + time.monotonic() - job.started for job in live if (left := job.seconds_left()) is not None
-        ]
+        running = {job: left for job in live if (left := job.seconds_left()) is not None}
+        totals = self._seconds + [left + time.monotonic() - job.started for job, left in running.items()]
         if not totals or len(running) < len(live):
             return None
-        return max(max(running), (sum(running) + waiting * sum(totals) / len(totals)) / n_jobs)
+        in_all = sum(running.values()) + waiting * sum(totals) / len(totals)
+        return max(*running.values(), in_all / n_jobs)
 
 
 def _duration(seconds: float) -> str:

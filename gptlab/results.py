@@ -218,6 +218,10 @@ def markdown(title: str, jobs: list[Job], tables: list[Table], varied: Sequence[
         for job in jobs
         if job not in ranked
     ]
+    finished = [job for job in jobs if job.status == "finished"]
+    if finished and not tables:
+        measured = dict.fromkeys(name for job in finished for name in job.measured("last"))
+        lines += [f"No finished run has the metric compared; measured: {', '.join(map(cell, measured))}.", ""]
     if rest:
         lines += ["Not ranked:", "", grid([[*varied, "steps", "status", "folder", "error"], *rest]), ""]
     return "\n".join(lines)
@@ -256,6 +260,9 @@ def verdict(ranked: list[Configuration]) -> list[str]:
     best, *others = ranked
     if not others:
         return ["One configuration: nothing to compare it with."]
+    if failed := sum(job.status == "failed" for job in best.jobs):
+        name = cell(assignments(best.values))
+        return [f"Best: {name}, but {failed} of its {len(best.jobs)} runs failed: the mean is of the others."]
     name, optimistic = cell(assignments(best.values)), "Its interval is optimistic: it was chosen for its mean."
     tested = [(p_value(best.scores, other.scores), cell(assignments(other.values))) for other in others]
     if untested := [rival for p, rival in tested if p is None]:
@@ -269,7 +276,7 @@ def verdict(ranked: list[Configuration]) -> list[str]:
         return [f"Best: {name}, beyond the noise of seeds: {test}.", optimistic]
     return [
         f"Best: {name}, within the noise of seeds: {test}; below 0.05 would be beyond.",
-        "Of 5 configurations, one that leads by 2 standard deviations of the paired differences is told apart in 11 % of "
+        "Few seeds hide real leads: of 5 configurations, one that leads by 2 standard deviations of the paired differences is told apart in 11 % of "
         "cases with 3 seeds, in 74 % with 5.",
         optimistic,
     ]

@@ -155,6 +155,12 @@ def accuracy_is_measured(
             yield f"callbacks.{name}.monitor=val/accuracy requires data=addition or data=sort, and callbacks.exact_match"
 
 
+def check_metric(metric: str | None, target: str) -> None:
+    """Raises UserError if a sweep compares by what its data do not measure."""
+    if metric == "val/accuracy" and target in NODES and not target.startswith("gptlab.data.problems."):
+        raise UserError("metric=val/accuracy requires data=addition or data=sort")
+
+
 @rule("data")
 def data_files_exist(data: dict) -> Iterator[str]:
     from gptlab.data import files

@@ -20,20 +20,19 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError
 
-from gptlab import cli, config, jobs, resume, targets
+from gptlab import cli, config, jobs, resume, rules, targets
 from gptlab.errors import JobError, MissingFileError, UserError
 from gptlab.run import ERROR, Run, is_first_process, write_atomic, write_json
 
 INDEX = "sweep.json"
 HARMLESS = {
-    *cli.SWEEP_KEYS.values(),
+    *config.SWEEP_KEYS.values(),
     "hydra.sweeper.n_jobs",
     "hydra.sweeper.study",
     "hydra/launcher",
     "hydra/sweeper",
 }  # what sweep.json may say to Hydra without trust
 LIMITS = ("trainer.max_steps", "trainer.max_time", "optim.decay_steps")
-Metric = Literal["val/loss", "val/perplexity", "val/bits_per_byte", "val/accuracy"]
 
 replayed: "Sweep | None" = None  # the one that this command line resumes
 current: "Sweep | None" = None  # the one that this process runs, once all its jobs are known to be right
@@ -54,7 +53,7 @@ class Sweep(config.Node):
     flags: list[str]  # such as --config-dir
     varied: list[str]  # the swept keys
     changes: list[str] = Field([])  # overrides that resumes have brought, for every job
-    metric: Metric | None = None  # None: chosen by the data
+    metric: config.Monitor | None = None  # None: chosen by the data
     at: Literal["last", "best"] = "last"
     cores_per_job: int | None = None
     jobs: list[Job] = Field([])
@@ -139,6 +138,7 @@ class Sweep(config.Node):
         configs = check_all([[*overrides, *self.changes] for overrides in unfinished], compose)
         for overrides, cfg in zip(unfinished, configs, strict=True):
             targets.require_trust(self.folder / INDEX, config.foreign_parts(cfg.model_dump()), self.trust is not False)
+            rules.check_metric(self.metric, cfg.data["_target_"])
             values = self._values(overrides, cfg)
             job_id = identity(cfg, values)
             job = known.get(tuple(overrides)) or next((job for job in self.jobs if job.id == job_id), None)
@@ -219,12 +219,10 @@ def check_flags(entry: str, overrides: list[str], resuming: bool) -> None:
     if entry == "prepare":
         raise UserError("-m: data are prepared one folder at a time")
     if resuming:
-        raise UserError(
-            "resume continues one run and cannot be combined with a sweep (-m); resume=SWEEP resumes a sweep"
-        )
+        raise UserError("resume=RUN cannot be combined with a sweep (-m); resume=SWEEP resumes a sweep")
     for key, instead in (("run.dir", "with -m use hydra.sweep.dir=FOLDER"), ("sweep.subdir", "jobs are numbered")):
-        if any(override.startswith(f"hydra.{key}=") for override in overrides):
-            raise UserError(f"hydra.{key} is not the user's to set in a sweep; {instead}")
+        if any(key_of(override) == f"hydra.{key}" for override in overrides):
+            raise UserError(f"hydra.{key}: not allowed in a sweep; {instead}")
     if not is_first_process() or os.environ.get("WORLD_SIZE", "1") != "1":
         raise UserError("a sweep is one process, which starts those of its jobs; leave out torchrun or srun")
     other = Path.cwd() / "gptlab/__init__.py"
@@ -304,6 +302,8 @@ def replay(folder: Path, given: list[str]) -> list[str]:
     changes = {key_of(change): change for change in sweep.changes}
     refused = []
     for key, value in values.items():
+        if key not in sweep.varied and cli.is_sweep(f"{key}={value}"):
+            raise UserError(f"{key}={value}: the sweep does not vary {key}; give one value, or start a new sweep")
         if key == "hardware" and key not in sweep.varied:
             key = "trainer.accelerator"
         if key.startswith(("hydra.launcher", "hydra.sweeper", "hydra/")):
@@ -315,13 +315,15 @@ def replay(folder: Path, given: list[str]) -> list[str]:
         else:
             refused.append(key)
     if refused:
+        hints = [f"{key}{config.did_you_mean(key, [*sweep.varied, *resume.RESUME_MAY_CHANGE])}" for key in refused]
         raise UserError(
-            f"a resumed sweep keeps its config; cannot change {', '.join(refused)}; can add values of "
-            f"{', '.join(sweep.varied)}, and change {', '.join(resume.RESUME_MAY_CHANGE)}; for anything else start a new sweep"
+            f"a resumed sweep keeps its config: cannot change {', '.join(hints)}\nIt can get more values of "
+            f"{', '.join(sweep.varied)}, and what a run's resume may change, such as trainer.max_steps or trainer.devices; else start a new sweep"
         )
     resume.check_changes([key_of(change) for change in changes.values()])
     sweep.changes = list(changes.values())
     replayed = sweep
+    print(f"resuming {Run(folder)}")
     return ["-m", *sweep.flags, *overrides.values(), f"hydra.sweep.dir={cli.quote(str(folder))}"]
 
 
@@ -363,8 +365,7 @@ def process(entry: str, overrides: Sequence[str], folder: Path) -> jobs.Process:
     values = (
         {key: f"{value:.6g}" if isinstance(value, float) else value for key, value in job.values.items()} if job else {}
     )
-    label = " ".join(f"{key}={value}" for key, value in values.items()) or " ".join(overrides)
-    return jobs.Process(folder, command, f"job {folder.name} ({label})")
+    return jobs.Process(folder, command, " ".join(f"{key}={value}" for key, value in values.items()))
 
 
 def run_jobs(entry: str, given: Iterable[tuple[Sequence[str], Path]], n_jobs: int) -> None:

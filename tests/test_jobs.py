@@ -22,7 +22,7 @@ json.dump({"steps": 3, "ended": "max_steps", "why": None, "best": {}}, open("sum
 
 def job(folder: Path, code: str) -> jobs.Process:
     start = f"import os, signal, sys, time; os.chdir({str(folder)!r})\n"
-    return jobs.Process(folder, [sys.executable, "-c", start + textwrap.dedent(code)], f"job {folder.name}")
+    return jobs.Process(folder, [sys.executable, "-c", start + textwrap.dedent(code)], f"seed={folder.name}")
 
 
 def test_each_job_has_its_log_and_its_end(tmp_path, capfd):
@@ -47,8 +47,8 @@ def test_each_job_has_its_log_and_its_end(tmp_path, capfd):
     }
     assert (tmp_path / "0/job.log").read_text().split() in (["out", "err"], ["err", "out"])
     said = capfd.readouterr().out
-    assert "job 0: finished at step 3" in said and "job 1: FAILED: optim.lr=0 is bad; see " in said
-    assert "job 3: interrupted" in said and "out\n" not in said and "\x1b" not in said
+    assert "job 0 (seed=0): finished at step 3" in said and "job 1 (seed=1): FAILED: optim.lr=0 is bad; see " in said
+    assert "job 3 (seed=3): interrupted" in said and "out\n" not in said and "\x1b" not in said
     assert max(map(len, running)) == 2 and running[-1] == set()
     jobs.run([job(tmp_path / "1", FINISHED)], n_jobs=1)
     assert not (tmp_path / "1/error.txt").exists() and "advice" in (tmp_path / "1/job.log").read_text()
@@ -198,17 +198,15 @@ def test_what_the_screen_says(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     now = time.monotonic()
     monkeypatch.setattr(jobs.time, "monotonic", lambda: now)
-    live = [
-        jobs.Process(tmp_path / str(i), [], f"job {i} (seed={i})", started=now - 5, max_steps=100) for i in range(2)
-    ]
+    live = [jobs.Process(tmp_path / str(i), [], f"seed={i}", started=now - 5, max_steps=100) for i in range(2)]
     for process in live:
         process.look = lambda: None
         process._first, process.step, process.losses = (0, now - 5), 50, {"train/loss": 1.5}
     screen = jobs.Screen(total=5, done=1)
     screen.refresh(live, n_jobs=2)
     assert capsys.readouterr().out == (
-        "\x1b[Jjob 0 (seed=0): step 50 of 100, train/loss 1.5000, 0:00:05 left\n"
-        "job 1 (seed=1): step 50 of 100, train/loss 1.5000, 0:00:05 left\n"
+        "\x1b[Jjob 0: step 50 of 100, train/loss 1.5000, 0:00:05 left (seed=0)\n"
+        "job 1: step 50 of 100, train/loss 1.5000, 0:00:05 left (seed=1)\n"
         "1 of 5 jobs done, 0:00:15 left\x1b[2F"
     )
 

@@ -105,6 +105,21 @@ def test_every_state_of_a_job(tmp_path):
     )
 
 
+def test_failed_seeds_are_said(tmp_path):
+    """The mean of the others flatters: that they lead beyond the noise is not said."""
+    jobs = combinations(optim__lr=[1.0, 2.0], seed=[1, 2, 3])
+    write_sweep(tmp_path / "s", jobs, [2.0, 2.01, 2.02, 1.0, 1.01, None])
+    write_run(tmp_path / "s/5", jobs[5], ended=None, error="diverged")
+    text = results.update(Sweep.read(tmp_path / "s"), picture=False)
+    assert "Best: optim.lr=2, but 1 of its 3 runs failed" in text and "beyond the noise" not in text
+
+
+def test_a_metric_that_no_run_has(tmp_path):
+    write_sweep(tmp_path / "s", combinations(seed=[1, 2]), [2.0, 2.1], metric="val/accuracy")
+    text = results.update(Sweep.read(tmp_path / "s"), picture=False)
+    assert "No finished run has the metric compared; measured: val/loss, val/bits_per_byte" in text
+
+
 def test_a_configuration_with_a_pruned_seed_is_not_ranked(tmp_path):
     """Its other seeds are the lucky ones: here they would win."""
     jobs = combinations(optim__lr=[1.0, 2.0], seed=[1, 2])

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -193,7 +194,8 @@ def test_what_a_resume_can_change(make):
     assert sweep.replayed.changes == ["++trainer.max_steps=50", "++data.workers=1", "++trainer.accelerator=gpu"]
     for refused in ("++optim.weight_decay=1", "model=gpt-micro", "++name=x"):
         with pytest.raises(
-            UserError, match=rf"cannot change {sweep.key_of(refused)}; can add values of seed, optim.lr"
+            UserError,
+            match=rf"cannot change {sweep.key_of(refused)}\b[^\n]*\nIt can get more values of seed, optim\.lr",
         ):
             sweep.replay(state.folder, [refused])
 
@@ -344,12 +346,33 @@ def test_metric_and_at(make, options, said):
         make("seed", **options)
 
 
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("++seedd=4", "cannot change seedd; did you mean seed?"),
+        ("++trainer.max_steps=60,80", "the sweep does not vary trainer.max_steps; give one value"),
+    ],
+)
+def test_mistakes_in_a_resume(make, given, said):
+    state = make("seed")
+    state.write()
+    with pytest.raises(UserError, match=re.escape(said)):
+        sweep.replay(state.folder, [given])
+
+
+def test_a_metric_that_the_data_do_not_have(make):
+    """Refused before the first job; or all would train, and none be ranked."""
+    with pytest.raises(UserError, match="metric=val/accuracy requires data=addition"):
+        make("seed", metric="val/accuracy").place([[*BASE, "++seed=1"]], compose)
+    state = make("seed", metric="val/accuracy")
+    assert state.place([[*BASE, "++seed=1", "data=addition"]], compose)
+
+
 def test_the_goal_of_a_search(make):
     for options, goal in (
         ({}, -0.5),  # problems have an accuracy
         ({"metric": "val/loss"}, 2.0),
         ({"at": "best"}, 1.0),
-        ({"metric": "val/accuracy"}, -0.5),
     ):
         state = make("seed", **options)
         (job,) = state.place([[*BASE, "++seed=1"]], compose)

@@ -83,12 +83,16 @@ class Grid(Sweeper):
     def launch(self, jobs: Iterable[list[str]]) -> None:
         if jobs:
             self.launcher.launch(jobs, initial_job_idx=0)
+        else:
+            print("all jobs have finished")
 
     def parse(self, arguments: list[str]) -> list[Any]:
         """The overrides of the whole sweep; of a key that is given twice, the last one."""
         from hydra.core.override_parser.overrides_parser import OverridesParser
 
-        params = [f"{key}={value}" for key, value in self.params.items()]
+        # Hydra accepts any key with `++`, so that `load_config` reports all that is wrong; a group cannot have it.
+        is_group = {key: bool(self.loader.get_group_options(key)) for key in self.params}
+        params = [f"{'' if is_group[key] else '++'}{key}={value}" for key, value in self.params.items()]
         parsed = OverridesParser.create(self.loader).parse_overrides([*params, *arguments])
         self.overrides = list({given.key_or_group: given for given in parsed}.values())
         return self.overrides
