@@ -44,7 +44,8 @@ def draw_curves(axes: Any, table: Table, colors: dict[Configuration, str], title
             axes.plot(*job.curve("train/loss"), line, color=color, linewidth=0.5, alpha=0.5)
         late += losses[max(1, len(losses) // 4) :]
     if late and (span := max(late) - min(late)):  # beside the first fall, all differences would be small
-        axes.set_ylim(min(late) - 0.05 * span, max(late) + 0.05 * span)
+        legend = 0.09 * (len(colors) + 1)  # above the curves
+        axes.set_ylim(min(late) - 0.05 * span, max(late) + (0.05 + legend) * span)
     for one, color in colors.items():
         name = assignments({key.rpartition(".")[2]: value for key, value in one.values.items()})
         axes.plot([], [], color=color, label=label(name, 44))
