@@ -64,5 +64,7 @@ def test_an_installed_wheel_composes_trains_and_samples(installed, tmp_path):
         assert Path(path).resolve().is_relative_to(tmp_path.resolve() / "venv"), path
     assert "n_layer: 3" in installed("-m", "gptlab.train", *TINY, "--cfg", "job")
     assert "bits per byte" in installed("-m", "gptlab.train", *TINY, "hydra.run.dir=run")
+    # Its Hydra plugins are found: a sweep runs, in the interpreter and with the package that started it.
+    assert "1 finished" in installed("-m", "gptlab.train", "-m", *TINY, "seed=1", "hydra.sweep.dir=sweep")
     prompt = "The wheel"
     assert installed("-m", "gptlab.sample", "ckpt=run", f"prompt={prompt}", "max_new_tokens=9").startswith(prompt)
