@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 
+PARENT = "GPTLAB_PARENT"  # environment variable of the processes that Lightning starts
 GRACE = 0.5  # seconds in which the first process may end by itself; in a collective of NCCL's it would hang
 # What gloo, the store and NCCL say in the processes that remain.
 LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote server shutdown",
@@ -41,8 +42,8 @@ class Processes:
         from lightning.pytorch.strategies.launchers import subprocess_script
 
         subprocess_script._launch_process_observer = self._watch
-        is_child = "GPTLAB_PARENT" in os.environ
-        os.environ["GPTLAB_PARENT"] = str(os.getpid())
+        parent = os.environ.get(PARENT)
+        os.environ[PARENT] = str(os.getpid())
         try:
             yield
         except Exception as error:
@@ -51,12 +52,15 @@ class Processes:
                 if self._started:
                     self._failed.wait(1)
                 raise ProcessFailed(self._failure or "lost the connection to another process; see its error") from None
-            if is_child:
+            if parent:
                 time.sleep(GRACE)  # where all fail alike, the first process speaks and kills the others
             self._kill()
             raise
         finally:
             self._concluded.acquire()
+            os.environ.pop(PARENT)  # whatever this process starts from now on is not of the run
+            if parent:
+                os.environ[PARENT] = parent
 
     def _watch(self, started: list[subprocess.Popen]) -> None:
         self._started = started
@@ -83,7 +87,7 @@ class Processes:
 
 def end_with_parent() -> None:
     """In a process that Lightning started for a run: end when the first one has, whatever ended it."""
-    parent = int(os.environ.get("GPTLAB_PARENT", 0))
+    parent = int(os.environ.get(PARENT, 0))
 
     def look() -> None:
         while os.getppid() == parent:
