@@ -127,6 +127,7 @@ def test_a_metric_that_is_not_measured_is_refused_at_step_0(sweep):
         MedianPruning("val/accuracy", 1).on_validation_end(trainer, SimpleNamespace(validated={"val/loss": 0.0}))
 
 
+@pytest.mark.slow
 def test_a_run_says_and_records_that_it_was_pruned(gptlab, tmp_path):
     """As a user starts a job; a resume leaves it alone, though it could train longer."""
     data = instantiate("data", composed("train", "data=sort")[0]["data"], seed=0)

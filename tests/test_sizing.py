@@ -94,7 +94,8 @@ def test_gpt2_on_eight_a100(report):
     assert found["time"]["A100"] == ["312 TFLOP/s", "4.0 days"]  # 300e9 * 854438400 / (8 * 312e12 * 0.3) s
 
 
-@pytest.mark.parametrize("ema", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("ema", [False, True])
 def test_checkpoint_size(gptlab, report, tmp_path, ema):
     """Against the file that a run saves; without the optimizer's state it would be a third."""
     same = ["model=gpt-nano", "model.n_embd=96", *["callbacks=[default,ema]"] * ema]
