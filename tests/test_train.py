@@ -138,6 +138,7 @@ def test_a_sweep_is_one_process_per_job(gptlab, tmp_path):
     assert not (tmp_path / "outputs").exists()
 
 
+@pytest.mark.slow  # test_jobs.py has the same with small programs
 def test_a_sweep_continues_after_a_job_that_fails(gptlab, tmp_path):
     """What validation cannot see fails that job alone; the sweep ends with status 1. (null stays null in a job: as a
     string it would name a file.)"""
