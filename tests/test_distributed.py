@@ -78,6 +78,7 @@ def test_ddp_computes_what_one_process_does(train, continue_run, tmp_path):
     assert_close(tmp_path / "two", tmp_path / "one", rel=1e-4)
 
 
+@pytest.mark.slow
 def test_fsdp_computes_what_one_process_does(train, continue_run, tmp_path):
     """To a last digit or two of float32, with fewer validation batches in one process and samples in one alone. Its
     checkpoint is one that a single process samples and resumes from; and a process that dies is named, at once."""

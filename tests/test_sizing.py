@@ -168,6 +168,7 @@ def test_wrong_settings_are_one_line(changes, said):
     assert errors("sizing", changes=changes) == [said]
 
 
+@pytest.mark.slow
 def test_the_program_runs_and_imports_no_lightning():
     """It would double the time of an answer that needs none of it."""
     program = "import sys; sys.argv = ['sizing', 'model.n_layer=1', 'data.block_size=8', 'vocab_size=9']\nfrom gptlab import cli, sizing; cli.main(sizing.size, 'sizing')"
