@@ -319,7 +319,7 @@ def test_the_entries_import_nothing_heavy():
 
 def test_a_config_error_takes_less_than_a_second(tmp_path):
     """Heavy imports come after every check of the config. On any machine: a few times the CPU time of an empty Hydra app,
-    the fastest of two whole processes each, alternating."""
+    the fastest of up to five whole processes each, alternating."""
     (tmp_path / "empty.py").write_text("import hydra\nhydra.main(version_base='1.3', config_path=None)(print)()\n")
 
     def seconds(*command: str) -> float:
@@ -334,12 +334,17 @@ def test_a_config_error_takes_less_than_a_second(tmp_path):
     for times, arguments in (
         (6, ["model.n_head=5"]),
         (7, ["data=text", "data.path=nowhere.txt"]),
-        (9, ["--help"]),  # Hydra composes once per group to list its options
+        (7, ["--help"]),
         (8, ["-m", "seed=1,2,3", "model.n_head=5"]),
     ):
-        took = [(seconds("empty.py", "--cfg", "job"), seconds("-m", "gptlab.train", *arguments)) for _ in range(2)]
-        empty, ours = map(min, zip(*took, strict=True))
-        assert ours < 1 or ours < times * empty, (arguments, took)
+        took = []
+        for _ in range(5):  # the machine's speed changes from one process to the next
+            took.append((seconds("empty.py", "--cfg", "job"), seconds("-m", "gptlab.train", *arguments)))
+            empty, ours = map(min, zip(*took, strict=True))
+            if ours < 1 or ours < times * empty:
+                break
+        else:
+            pytest.fail(f"{arguments}: {took}")
 
 
 def test_help_explains_every_key(gptlab):
