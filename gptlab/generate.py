@@ -101,7 +101,9 @@ def generate(
     if not rows or not all(rows):
         raise UserError("there must be at least one prompt, and each must have at least one id")
     if not all(0 <= i < model.vocab_size for row in rows for i in row):
-        raise UserError(f"the prompt has ids outside the vocabulary 0..{model.vocab_size - 1}")  # the model does not check
+        raise UserError(
+            f"the prompt has ids outside the vocabulary 0..{model.vocab_size - 1}"
+        )  # the model does not check
     seeds = range(len(rows)) if seeds is None else seeds
     if len(seeds) != len(rows):
         raise UserError(f"seeds: {len(seeds)} for {len(rows)} prompts; give one per prompt")
