@@ -282,7 +282,15 @@ class Prepare(Node):
     processes: Count | None
 
 
-ENTRIES = {"train": Train, "sample": Sample, "prepare": Prepare, "sizing": Sizing}
+class Export(Node):
+    ckpt: Str | None
+    init_from: Str | None
+    meta: Str | None
+    out: Str | None
+    trust: bool
+
+
+ENTRIES = {"train": Train, "sample": Sample, "prepare": Prepare, "sizing": Sizing, "export_hf": Export}
 
 
 def validate(values: dict[str, Any], entry: str, references: Collection[str] = ()) -> Any:

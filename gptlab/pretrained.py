@@ -103,9 +103,7 @@ def from_hf(config: Any, weights: Mapping[str, Tensor]) -> Pretrained:
     named |= {HEAD: named[WTE]} if WTE in named else {}  # tied; a file may have it or not
     if model["n_layer"] > len(named):  # the table below would not end
         raise ValueError(f"n_layer={model['n_layer']} must not be more than the {len(named)} weights that there are")
-    with torch.device("meta"):  # shapes alone
-        expected = GPT(vocab_size=vocab_size, block_size=block_size, **model).state_dict()
-    _require_same_shapes(named, expected)
+    _require_shapes(named, shapes_of(model, vocab_size, block_size))
     return Pretrained(model, vocab_size, block_size, named)
 
 
@@ -149,20 +147,32 @@ def copy_weights(weights: Mapping[str, Tensor], model: GPT) -> None:
         {name: tensor[: rows.get(name)] if name in rows else tensor for name, tensor in tensors.items() if name != HEAD}
         for tensors in (weights, model.state_dict())
     )
-    _require_same_shapes(sources, targets)
+    _require_shapes(sources, {name: target.shape for name, target in targets.items()})
     for name, target in targets.items():
         target.copy_(sources[name])
 
 
-def _require_same_shapes(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+def shapes_of(model: Mapping[str, Any], vocab_size: int, block_size: int) -> dict[str, tuple[int, ...]]:
+    """Shapes in the `state_dict()` of a GPT with these keys of conf/model: computed, so that huge ones take nothing."""
+    C = model["n_embd"]
+    block = {"ln_1": (C,), "attn.c_attn": (3 * C, C), "attn.c_proj": (C, C),
+             "ln_2": (C,), "mlp.c_fc": (4 * C, C), "mlp.c_proj": (C, 4 * C)}  # fmt: skip
+    layers = {f"transformer.h.{i}.{name}": shape for i in range(model["n_layer"]) for name, shape in block.items()}
+    layers["transformer.ln_f"] = (C,)
+    weights = {f"{name}.weight": shape for name, shape in layers.items()}
+    biases = {f"{name}.bias": shape[:1] for name, shape in layers.items()} if model["bias"] else {}
+    return {WTE: (vocab_size, C), WPE: (block_size, C), HEAD: (vocab_size, C), **weights, **biases}
+
+
+def _require_shapes(weights: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> None:
     """Raises ValueError, which names what is missing, unknown, of another shape, or not of floating-point numbers."""
     wrong = {
-        "missing": expected.keys() - weights.keys(),
-        "unknown": weights.keys() - expected.keys(),
+        "missing": shapes.keys() - weights.keys(),
+        "unknown": weights.keys() - shapes.keys(),
         "of another shape or type": {
-            f"{name} {(*weight.shape,)} {weight.dtype}, not {(*expected[name].shape,)}"
+            f"{name} {(*weight.shape,)} {weight.dtype}, not {(*shapes[name],)}"
             for name, weight in weights.items()
-            if name in expected and (weight.shape != expected[name].shape or weight.dtype not in DTYPES)
+            if name in shapes and (weight.shape != shapes[name] or weight.dtype not in DTYPES)
         },
     }
     if texts := [f"{what}: {_some(names)}" for what, names in wrong.items() if names]:
