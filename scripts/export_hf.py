@@ -22,7 +22,7 @@ def export_hf(cfg: config.Export) -> None:
 
     from gptlab import sources
 
-    name = sources.given(cfg)
+    name = sources.choose(cfg.ckpt, cfg.init_from)
     source = sources.load(name, meta=cfg.meta, trust=cfg.trust)
     write_folder(out, *folder_content(source.model, source.tokenizer))
     parameters = sum(parameter.numel() for parameter in source.model.parameters())
