@@ -302,7 +302,11 @@ class Prepare(Node):
     processes: Count | None
 
 
-ENTRIES = {"train": Train, "sample": Sample, "evaluate": Evaluate, "prepare": Prepare, "sizing": Sizing}
+class Export(Weights):
+    out: Str | None
+
+
+ENTRIES = {"train": Train, "sample": Sample, "evaluate": Evaluate, "prepare": Prepare, "sizing": Sizing, "export_hf": Export}
 
 
 def validate(values: dict[str, Any], entry: str, references: Collection[str] = ()) -> Any:

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from test_module import make_trainer
 from torch.utils.data import DataLoader
 
-from gptlab import optim, sources
+from gptlab import checkpoint, optim, sources
 from gptlab.callbacks.display import Progress
 from gptlab.callbacks.early_stopping import EarlyStopping
 from gptlab.callbacks.ema import EMA
