@@ -11,6 +11,25 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 
+class KVCache:
+    """Keys and values of the positions so far, per layer (B, H, block_size, C // H): all that a next token needs of the
+    ones before it. The first call fills in a prompt, each later one adds a position."""
+
+    def __init__(self, n_layer: int, shape: tuple[int, int, int, int]) -> None:
+        self.shape, self.length = shape, 0
+        self._layers: list[tuple[Tensor, Tensor] | None] = [None] * n_layer
+
+    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Append k and v (B, H, T, C // H); returns all so far."""
+        if self._layers[layer] is None:
+            self._layers[layer] = (k.new_empty(self.shape), v.new_empty(self.shape))  # autocast decides about their type
+        start, end = self.length, self.length + k.shape[2]
+        for kept, new in zip(self._layers[layer], (k, v), strict=True):
+            kept[:, :, start:end] = new
+        keys, values = self._layers[layer]
+        return keys[:, :, :end], values[:, :, :end]
+
+
 class CausalSelfAttention(nn.Module):
     def __init__(self, n_embd: int, n_head: int, dropout: float, bias: bool) -> None:
         super().__init__()
@@ -19,13 +38,16 @@ class CausalSelfAttention(nn.Module):
         self.c_proj = nn.Linear(n_embd, n_embd, bias=bias)
         self.resid_dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, cache: KVCache | None = None, layer: int = 0) -> Tensor:
         B, T, C = x.shape
         q, k, v = (
             part.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, H, T, C // H)
             for part in self.c_attn(x).split(C, dim=2)
         )
-        y = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0, is_causal=True)
+        if cache is not None:
+            k, v = cache.extend(layer, k, v)
+        causal = cache is None or T > 1  # a single new position sees all of them
+        y = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0, is_causal=causal)
         y = y.transpose(1, 2).reshape(B, T, C)  # the heads side by side again
         return self.resid_dropout(self.c_proj(y))
 
@@ -51,8 +73,8 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(n_embd, bias=bias)
         self.mlp = MLP(n_embd, dropout, bias, gelu)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attn(self.ln_1(x))
+    def forward(self, x: Tensor, cache: KVCache | None = None, layer: int = 0) -> Tensor:
+        x = x + self.attn(self.ln_1(x), cache, layer)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -110,20 +132,36 @@ class GPT(nn.Module):
             elif name.endswith("bias"):
                 parameter.zero_()
 
-    def forward(self, idx: Tensor) -> Tensor:
-        """Logits for the token after each position of `idx` (B, T), int64 or int32. Data sets and `generate` check that
+    def new_cache(self, B: int) -> KVCache:
+        """For `forward`, with B sequences at a time."""
+        n_head = self.transformer.h[0].attn.n_head
+        shape = (B, n_head, self.block_size, self.transformer.wte.embedding_dim // n_head)
+        return KVCache(len(self.transformer.h), shape)
+
+    def forward(self, idx: Tensor, cache: KVCache | None = None) -> Tensor:
+        """Logits for the token after each position of `idx` (B, T), int64 or int32; with a cache, `idx` continues what it
+        holds, and the logits are those after the last position alone, (B, 1, V). Data sets and `generate` check that
         0 <= id < vocab_size: here, a GPU would have to wait for it in every step."""
         _, T = idx.shape
-        if self.block_size < T:
-            raise ValueError(f"a sequence of {T} tokens is longer than block_size={self.block_size}")
+        start = cache.length if cache is not None else 0
+        if self.block_size < start + T:
+            raise ValueError(f"a sequence of {start + T} tokens is longer than block_size={self.block_size}")
+        if start and T > 1:
+            raise ValueError(f"a cache takes one token at a time after its first call, not {T}")
         x = self.transformer.wte(idx)  # (B, T, C)
-        x = self.transformer.drop(x + self.transformer.wpe.weight[:T])
-        for block in self.transformer.h:
+        x = self.transformer.drop(x + self.transformer.wpe.weight[start : start + T])
+        for layer, block in enumerate(self.transformer.h):
             if self.activation_checkpointing and self.training:
                 x = checkpoint(block, x, use_reentrant=False)
             else:
-                x = block(x)
-        return F.linear(self.transformer.ln_f(x), self.lm_head.weight, self.padding)  # (B, T, V)
+                x = block(x, cache, layer)
+        if cache is not None:
+            cache.length += T
+            x = x[:, -1:]
+        x = self.transformer.ln_f(x)
+        if self.padding is None:
+            return self.lm_head(x)  # (B, T, V)
+        return F.linear(x, self.lm_head.weight, self.padding)  # one pass over the logits, not two
 
     def flops_per_token(self) -> int:
         """Floating-point operations of one training step per token, forward and backward: 6 N for the matrices and

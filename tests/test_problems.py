@@ -30,7 +30,7 @@ from gptlab.callbacks.throughput import Throughput
 from gptlab.data.problems import AdditionData, ProblemData, SortData
 from gptlab.data.windows import StepsFrom, share
 from gptlab.errors import UserError
-from gptlab.generate import generate
+from gptlab.generate import Sampler, generate
 from gptlab.model import GPT
 from gptlab.module import GPTModule
 
@@ -289,7 +289,7 @@ def test_two_processes_measure_what_one_would(gptlab, tmp_path):
 
 
 def greedy(model: torch.nn.Module, questions: torch.Tensor, n_answer: int) -> torch.Tensor:
-    return torch.cat(list(generate(model, questions, n_answer, temperature=0)), dim=1)
+    return torch.tensor(list(generate(model, questions, n_answer, sampler=Sampler(temperature=0)))).T
 
 
 def accuracy(model: torch.nn.Module, data: ProblemData) -> float:

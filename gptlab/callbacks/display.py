@@ -6,13 +6,12 @@ import sys
 from typing import Any
 
 import lightning as L
-import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from tqdm import tqdm
 
 from gptlab.callbacks.interrupts import in_a_hurry
 from gptlab.errors import UserError
-from gptlab.generate import generate
+from gptlab.generate import Sampler, generate
 from gptlab.terminal import printable
 
 log = logging.getLogger(__name__)
@@ -94,13 +93,12 @@ class SampleText(L.Callback):
                 logger.experiment.add_text("samples", f"    {text}", trainer.global_step)
 
     def _sample(self, trainer: L.Trainer, pl_module: L.LightningModule) -> str:
-        idx = torch.from_numpy(self._ids.astype("int64")).to(pl_module.device)[None]  # (1, T)
-        generator = torch.Generator(pl_module.device).manual_seed(trainer.global_step)
-        ids = self._ids.tolist()
+        ids, sampler = self._ids.tolist(), Sampler(self.temperature, self.top_k)
         with trainer.precision_plugin.forward_context():
-            settings = {"temperature": self.temperature, "top_k": self.top_k, "generator": generator}
-            for next_id in generate(pl_module.model, idx, self.max_new_tokens, **settings):
-                ids.append(int(next_id))
+            for (next_id,) in generate(
+                pl_module.model, [ids], self.max_new_tokens, sampler=sampler, seeds=[trainer.global_step]
+            ):
+                ids.append(next_id)
                 if in_a_hurry(trainer):
                     log.info("the sample is cut short: the run was asked to stop")
                     break

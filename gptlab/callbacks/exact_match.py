@@ -9,7 +9,7 @@ from torch import Tensor
 
 from gptlab.callbacks.interrupts import in_a_hurry
 from gptlab.data.problems import ProblemData
-from gptlab.generate import generate
+from gptlab.generate import Sampler, generate
 
 log = logging.getLogger(__name__)
 
@@ -51,10 +51,12 @@ class ExactMatch(L.Callback):
             return
         data = trainer.datamodule
         log.info("    some wrong answers:")
-        for problem in self._mistakes:
-            new = generate(pl_module.model, problem[None, : data.n_question], data.n_answer, temperature=0)
-            with trainer.precision_plugin.forward_context():
-                given = [*problem[: data.n_question].tolist(), *(int(next_id) for next_id in new)]
-            question, right = data.written(problem.tolist())
-            if (wrong := data.written(given)[1]) != right:  # equal where rounding decides between two symbols
+        problems = torch.stack(self._mistakes).tolist()
+        questions = [problem[: data.n_question] for problem in problems]
+        with trainer.precision_plugin.forward_context():
+            steps = list(generate(pl_module.model, questions, data.n_answer, sampler=Sampler(temperature=0)))
+        for problem, question_ids, answer in zip(problems, questions, zip(*steps, strict=True), strict=True):
+            question, right = data.written(problem)
+            wrong = data.written([*question_ids, *answer])[1]
+            if wrong != right:  # equal where rounding decides between two symbols
                 log.info("    %s%s, not %s", question, right, wrong)

@@ -1,0 +1,61 @@
+"""Linear layers for inference on CPUs. All private operators of torch that gptlab uses are in this file.
+
+Generating text reads every weight once per token: the time is that of memory. oneDNN keeps a weight in the order in which
+its kernel for few rows reads it ("packed"), and in bfloat16 it is half as large.
+"""
+
+import copy
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import _get_current_dispatch_mode
+
+from gptlab.model import GPT
+
+ROWS = 8  # that a weight is packed for; other numbers work, too
+LEAST = 256 * 256  # elements: below, a call costs more than it saves
+
+
+def can_pack() -> bool:
+    """Whether this torch has oneDNN's operators for packed weights, and none of its modes looks at operators (fake tensors,
+    counting of FLOPs)."""
+    has_operators = all(hasattr(torch.ops.mkldnn, name) for name in ("_reorder_linear_weight", "_linear_pointwise"))
+    return has_operators and torch.backends.mkldnn.is_available() and _get_current_dispatch_mode() is None
+
+
+def fast_bf16() -> bool:
+    """Whether the CPU multiplies bfloat16 in hardware (AVX512-BF16 or AMX)."""
+    return any(getattr(torch.cpu, f"_is_{kind}_supported", bool)() for kind in ("avx512_bf16", "amx_tile"))
+
+
+class PackedLinear(nn.Module):
+    """A linear layer whose weight (out, in) is packed and of type `dtype`; input and output keep theirs. Without gradients."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.dtype, self.weight = dtype, torch.ops.mkldnn._reorder_linear_weight(weight.detach().to(dtype), ROWS)
+        self.bias = None if bias is None else bias.detach().to(dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.ops.mkldnn._linear_pointwise(x.to(self.dtype), self.weight, self.bias, "none", [], "")
+        return y.to(x.dtype)
+
+
+def pack(model: nn.Module, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """A copy of a GPT for generating text: its large linear layers are packed, all else is shared with the model.
+
+    The model itself where that is impossible: a custom model, a GPU, a torch without the operators. The copy can neither
+    be trained nor saved: packed weights are no parameters, and the tied ones have become two.
+    """
+    weight = next(model.parameters())
+    if type(model) is not GPT or weight.device.type != "cpu" or weight.dtype != torch.float32 or not can_pack():
+        return model
+    copied = copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
+    for module in [*copied.modules()]:
+        for name, child in module.named_children():
+            if type(child) is nn.Linear and child.weight.numel() >= LEAST:
+                rows = copied.vocab_size if child is copied.lm_head else None  # without the padding
+                setattr(module, name, PackedLinear(child.weight[:rows], child.bias, dtype))
+    if isinstance(copied.lm_head, PackedLinear):
+        copied.padding = None
+    return copied
