@@ -306,7 +306,14 @@ class Export(Weights):
     out: Str | None
 
 
-ENTRIES = {"train": Train, "sample": Sample, "evaluate": Evaluate, "prepare": Prepare, "sizing": Sizing, "export_hf": Export}
+ENTRIES = {
+    "train": Train,
+    "sample": Sample,
+    "evaluate": Evaluate,
+    "prepare": Prepare,
+    "sizing": Sizing,
+    "export_hf": Export,
+}
 
 
 def validate(values: dict[str, Any], entry: str, references: Collection[str] = ()) -> Any:
