@@ -19,8 +19,8 @@ VOCABULARY = 2**16  # characters: the ids in nanoGPT's data are uint16
 META_BYTES = 2**21  # a vocabulary of that size takes 1.6 MB
 
 
-def is_nanogpt(checkpoint: dict[str, Any]) -> bool:
-    return "model" in checkpoint and "model_args" in checkpoint
+def is_nanogpt(checkpoint: Any) -> bool:
+    return isinstance(checkpoint, dict) and "model" in checkpoint and "model_args" in checkpoint
 
 
 def from_checkpoint(checkpoint: dict[str, Any]) -> Pretrained:

@@ -58,7 +58,7 @@ class Source:
         except (RuntimeError, KeyError, TypeError, AttributeError, ValueError) as error:
             if custom:
                 raise
-            raise checkpoint.DamagedError(Path(self.name), error) from None
+            raise UserError(f"{self.name}: {error}") from None
         limit = math.inf if custom else LARGEST_WEIGHT
         if not all((parameter.abs() < limit).all() for parameter in model.parameters()):
             raise UserError(
@@ -186,16 +186,14 @@ def _load_folder(name: str, folder: Path) -> Source:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    index = folder / "model.safetensors.index.json"
-    names = (
-        sorted(set(_read_json(index).get("weight_map", {}).values()))
-        if os.path.isfile(index)
-        else ["model.safetensors"]
-    )
-    if not all(isinstance(file, str) and re.fullmatch(r"[\w.-]+\.safetensors", file) for file in names):
-        raise UserError(f"{index} must name files of this folder")
+    names, index = ["model.safetensors"], folder / "model.safetensors.index.json"
+    if os.path.isfile(index):
+        weight_map = _read_json(index).get("weight_map")
+        names = [*weight_map.values()] if isinstance(weight_map, dict) else [None]
+        if not all(isinstance(file, str) and re.fullmatch(r"[\w.-]+\.safetensors", file) for file in names):
+            raise UserError(f"{index} must name files of this folder")
     tensors: dict[str, Tensor] = {}
-    for file in names:
+    for file in sorted({*names}):
         if not os.path.isfile(folder / file):
             convert = "AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(FOLDER)"
             raise MissingFileError(
