@@ -94,9 +94,7 @@ def from_hf(config: Any, weights: Mapping[str, Tensor]) -> Pretrained:
     model, vocab_size, block_size = hf_architecture(config)
     prefix = "" if WTE in weights else "transformer."
     named = {
-        name if name == HEAD else prefix + name: weight.t()
-        if name.endswith(TRANSPOSED) and weight.dim() == 2
-        else weight
+        name if name == HEAD else prefix + name: _transpose(name, weight)
         for name, weight in weights.items()
         if not name.endswith(MASKS)
     }
@@ -115,7 +113,7 @@ def to_hf(model: GPT) -> tuple[dict[str, Any], dict[str, Tensor]]:
     for name, weight in model.state_dict().items():
         if name != HEAD:  # tied
             weight = weight[: model.vocab_size] if name == WTE else weight
-            weights[name] = (weight.t() if name.endswith(TRANSPOSED) else weight).contiguous()
+            weights[name] = _transpose(name, weight).contiguous()
             bias = name.removesuffix("weight") + "bias"
             if name not in (WTE, WPE) and name.endswith("weight"):
                 weights.setdefault(bias, weight.new_zeros(weight.shape[0]))
@@ -162,6 +160,11 @@ def shapes_of(model: Mapping[str, Any], vocab_size: int, block_size: int) -> dic
     weights = {f"{name}.weight": shape for name, shape in layers.items()}
     biases = {f"{name}.bias": shape[:1] for name, shape in layers.items()} if model["bias"] else {}
     return {WTE: (vocab_size, C), WPE: (block_size, C), HEAD: (vocab_size, C), **weights, **biases}
+
+
+def _transpose(name: str, weight: Tensor) -> Tensor:
+    """Between (in, out) and (out, in), where the two formats differ."""
+    return weight.t() if name.endswith(TRANSPOSED) and weight.dim() == 2 else weight
 
 
 def _require_shapes(weights: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> None:
