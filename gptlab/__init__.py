@@ -18,3 +18,16 @@ if (
         sys.exit(
             f"gptlab's dependencies are not installed in {sys.executable}; activate the environment: . .venv/bin/activate"
         )
+
+
+def load(source: str, *, meta: str | None = None, trust: bool = False) -> tuple:
+    """(model, tokenizer) from a run folder, a checkpoint (gptlab's or nanoGPT's), latest, a folder in Hugging Face's format,
+    or gpt2, gpt2-medium, gpt2-large, gpt2-xl: `model(ids)` maps ids (B, T) to logits (B, T, V), on the CPU in eval mode.
+
+    Raises:
+        UserError (a ValueError): not there, damaged, or of a custom class without `trust`.
+    """
+    from gptlab import sources  # torch is imported only here
+
+    loaded = sources.load(str(source), meta=meta, trust=trust)
+    return loaded.model, loaded.tokenizer

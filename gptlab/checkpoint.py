@@ -1,8 +1,7 @@
-"""From a checkpoint file to a usable model. The file is untrusted: only plain values and tensors are read from it,
-nothing in it is interpolated, and classes that gptlab does not define are built only with `trust`."""
+"""Checkpoint files, which are untrusted: only plain values and tensors are read from them, nothing in them is interpolated,
+and classes that gptlab does not define are built only with `trust`."""
 
 import inspect
-import math
 import pickle
 import zipfile
 from pathlib import Path
@@ -16,7 +15,7 @@ from gptlab.targets import build, foreign_targets, require_trust
 from gptlab.tokenizer import from_state
 
 GPT_TARGET = "gptlab.model.GPT"
-LARGEST_WEIGHT = 1e6  # real ones are below 1e3; a product of larger ones may overflow
+LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19"  # how files began before torch wrote zip archives
 PLACES = ("path", "val_path", "folder")  # keys of `data` that name files of this machine
 
 
@@ -31,17 +30,19 @@ class DamagedError(UserError):
 
 def portable_config(config: dict[str, Any]) -> dict[str, Any]:
     """The config for a checkpoint: without paths, as it may travel."""
-    return {**config, "data": {key: None if key in PLACES else value for key, value in config["data"].items()}}
+    data = {key: None if key in PLACES else value for key, value in config["data"].items()}
+    return {**config, "data": data, "init_from": config["init_from"] and Path(config["init_from"]).name, "meta": None}
 
 
-def load(path: Path, device: str | torch.device = "cpu", *, trust: bool = False) -> tuple[nn.Module, Any, dict]:
-    """The model in eval mode on `device`, its tokenizer, and the run's config. `trust` allows importing a custom model or
-    tokenizer, whose exceptions are passed on.
+def unpack(
+    path: Path, checkpoint: dict[str, Any], *, trust: bool
+) -> tuple[dict[str, Any], Any, dict[str, torch.Tensor]]:
+    """The run's config, its tokenizer, and the model's weights, of which memory is allocated for nothing yet. `trust` allows
+    importing a custom model or tokenizer, whose exceptions are passed on.
 
     Raises:
-        UserError: damaged, not a checkpoint of gptlab, or of a foreign class without `trust`.
+        UserError: damaged, or of a foreign class without `trust`.
     """
-    checkpoint = read(path)
     config, state = checkpoint["config"], checkpoint["tokenizer"]
     foreign = [*foreign_targets(config["model"], {GPT_TARGET}), *foreign_targets(state, ())]
     require_trust(path, foreign, trust)
@@ -51,16 +52,11 @@ def load(path: Path, device: str | torch.device = "cpu", *, trust: bool = False)
         tokenizer = build_tokenizer(state)
         if config["model"].get("_target_") == GPT_TARGET:
             check_sizes(config, tokenizer.vocab_size, weights, path.stat().st_size)
-        model = build_model(config["model"], tokenizer.vocab_size, config["data"]["block_size"])
-        model.load_state_dict(weights)
     except (RuntimeError, KeyError, TypeError, AttributeError, ValueError) as error:
         if foreign:
             raise
         raise DamagedError(path, error) from None
-    limit = math.inf if foreign else LARGEST_WEIGHT
-    if not all((parameter.abs() < limit).all() for parameter in model.parameters()):
-        raise UserError(f"{path}: its weights are not finite, or huge: the run diverged; try an earlier checkpoint")
-    return model.to(device).eval(), tokenizer, config
+    return config, tokenizer, weights
 
 
 def check_sizes(config: dict[str, Any], vocab_size: int, weights: dict[str, Any], file_size: int) -> None:
@@ -82,23 +78,43 @@ def check_sizes(config: dict[str, Any], vocab_size: int, weights: dict[str, Any]
 
 
 def read(path: Path, *, mmap: bool = False) -> dict[str, Any]:
-    """The content of a checkpoint, on the CPU; with `mmap`, tensors are read when they are used.
+    """The content of a checkpoint of gptlab's, on the CPU; with `mmap`, tensors are read when they are used.
 
     Raises:
         DamagedError: not a checkpoint of gptlab, or damaged.
         UserError: no permission to read it.
     """
+    return checked(path, read_file(path, mmap=mmap))
+
+
+def checked(path: Path, checkpoint: Any) -> dict[str, Any]:
+    """The content of a file, if it is that of a checkpoint of gptlab's; else raises DamagedError."""
     try:
-        check_bytes(path, whole=not mmap)
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
         parts = [checkpoint[key] for key in ("config", "state_dict", "tokenizer", "data")]
         if not all(isinstance(part, dict) for part in (*parts, *(parts[0][key] for key in ("model", "data")))):
             raise TypeError("a part of it is not a dict")
+    except Exception as error:
+        raise DamagedError(path, error) from None
+    return checkpoint
+
+
+def read_file(path: Path, *, mmap: bool = False) -> Any:
+    """The plain values and tensors in a file of torch.save's; raises as `read`."""
+    try:
+        with open(path, "rb") as file:
+            if file.read(len(LEGACY)) == LEGACY:
+                again = f"torch.save(torch.load('{path.name}', weights_only=True), 'new.pt')"
+                raise UserError(
+                    f'{path} is in the format of torch < 1.6; save it again: python -c "import torch; {again}"'
+                )
+        check_bytes(path, whole=not mmap)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except UserError:
+        raise
     except PermissionError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
     except Exception as error:  # torch's reader fails in many ways, and all of them are about the file
         raise DamagedError(path, error) from None
-    return checkpoint
 
 
 def check_bytes(path: Path, *, whole: bool) -> None:

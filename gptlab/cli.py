@@ -22,7 +22,7 @@ from typing import Any
 
 from hydra.experimental.callback import Callback
 
-from gptlab import config, jobs, resume, targets
+from gptlab import config, inherit, jobs, resume, targets
 from gptlab.config import SWEEP_KEYS, did_you_mean
 from gptlab.errors import JobError, UserError
 from gptlab.run import Run, is_first_process
@@ -30,7 +30,7 @@ from gptlab.terminal import printable
 
 DATA_PATHS = ("data.path", "data.val_path", "data.folder")
 # Free text: taken word for word, except in sweeps, where Hydra's grammar rules.
-TEXT_KEYS = ("prompt", "prompt_file", "ckpt", "resume", *DATA_PATHS, "path", "out", "hub_split", "callbacks.sample_text.prompt")  # fmt: skip
+TEXT_KEYS = ("prompt", "prompt_file", "stop", "ckpt", "init_from", "meta", "resume", *DATA_PATHS, "path", "out", "hub_split", "callbacks.sample_text.prompt")  # fmt: skip
 FULL_ERROR = os.environ.get("HYDRA_FULL_ERROR") == "1"
 
 _claimed: Run | None = None  # the run folder of this process
@@ -165,7 +165,7 @@ def error_text(error: BaseException, composing: bool = False) -> str | None:
         case OverrideParseException(override=given):
             options = [f"{path.parent.name}={given}" for path in sorted(config.CONF.glob(f"*/{given}.yaml"))]
             if given and Path(given).exists():
-                options = [f"resume={given} (train)", f"ckpt={given} (sample)"]
+                options = [f"resume={given} (train)", f"ckpt={given} (sample, evaluate)"]
             meant = (
                 f"; did you mean {' or '.join(options)}?" if options else "; quote values with spaces: 'KEY=two words'"
             )
@@ -265,6 +265,8 @@ def _prepare_override(override: str, groups: set[str], multirun: bool) -> str:
     key = key.removeprefix("+")
     if key == "resume" and value not in ("", "null"):
         value = str(Run.find(value).folder)  # latest, ~, relative paths
+    if key == "init_from" and value == "latest":  # here: in a sweep, its own jobs would be the newest runs
+        value = str(Run.find(value).folder)
     return f"++{key}={quote(value) if key in TEXT_KEYS and not multirun else value}"
 
 
@@ -362,6 +364,10 @@ def load_config(cfg: Any, entry: str, overrides: list[str]) -> Any:
         raise UserError(f"{error.full_key}: {str(error).splitlines()[0]}") from error
     if entry == "train" and values.get("resume"):
         values = resume_config(values, overrides)
+    elif entry in ("train", "sizing") and isinstance(values.get("init_from"), str):
+        values = inherit.train_config(values, keys_of(overrides))
+    elif entry == "evaluate":
+        values = inherit.evaluation_config(values, keys_of(overrides))
     return config.validate(values, entry, references=set(_references(task)))
 
 
@@ -371,11 +377,8 @@ def resume_config(values: dict[str, Any], overrides: list[str]) -> dict[str, Any
     Raises:
         UserError: it may not change that; or the folder names code that is not gptlab's, without trust=true.
     """
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-
     run = Run(values["resume"])
-    parsed = OverridesParser.create().parse_overrides(list(overrides))
-    keys = [o.key_or_group for o in parsed if o.key_or_group not in ("resume", "trust")]
+    keys = [key for key in keys_of(overrides) if key not in ("resume", "trust")]
     keys = ["trainer.accelerator" if key == "hardware" else key for key in keys]
     resume.check_changes(keys)
     saved = {**run.read_config(), "resume": values["resume"], "trust": values["trust"]}
@@ -386,6 +389,13 @@ def resume_config(values: dict[str, Any], overrides: list[str]) -> dict[str, Any
         if key in keys and config.select(saved, "callbacks.checkpointing"):
             saved = config.with_value(saved, f"callbacks.checkpointing.{follower}", config.select(values, key))
     return saved
+
+
+def keys_of(overrides: list[str]) -> list[str]:
+    """Keys and groups that a command line gives a value."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    return [override.key_or_group for override in OverridesParser.create().parse_overrides(list(overrides))]
 
 
 def _references(node: Any, at: str = "") -> Iterator[str]:

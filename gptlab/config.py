@@ -1,6 +1,6 @@
 """What a config may hold. Hydra composes it from conf/ and the command line; `validate` checks all of it at once.
 
-    conf/*.yaml + command line --Hydra--> plain values --validate--> Train | Sample | Prepare | Sizing
+    conf/*.yaml + command line --Hydra--> plain values --validate--> Train | Sample | Evaluate | Prepare | Sizing
 
 Types and ranges are pydantic models, one per node of the config; a node with a `_target_` is checked by the model of
 that class (`NODES`), any other class is custom and takes what it takes. Conditions on several keys are in rules.py.
@@ -117,7 +117,7 @@ class Windows(Node):
 class Text(Windows):
     path: Str | None
     val_path: Str | None
-    tokenizer: Literal["char", "gpt2", "bpe"]
+    tokenizer: Literal["char", "gpt2", "bpe", "init_from"]
     vocab_size: VocabSize | None
     url: Str | None
     sha256: Str | None
@@ -244,6 +244,8 @@ class Experiment(Node):
     trainer: Trainer
     callbacks: dict[str, dict[str, Any] | None] | None = None  # `~callbacks` leaves them out
     logger: dict[str, Any] | None = None
+    init_from: Str | None = None  # runs of an older gptlab have none
+    meta: Str | None = None
 
 
 class Train(Experiment):
@@ -258,13 +260,31 @@ class Sizing(Experiment):
     mfu: Annotated[float, Field(gt=0, le=1)]
 
 
-class Sample(SampleText):
+class Weights(Node):
     ckpt: Str | None
+    init_from: Str | None
+    meta: Str | None
+    trust: bool
+
+
+class Sample(SampleText, Weights):
     prompt_file: Str | None
     num_samples: Count
+    top_p: Annotated[float, Field(gt=0, le=1)] | None
+    min_p: Annotated[float, Field(ge=0, le=1)] | None
+    stop: Annotated[Str, Field(min_length=1)] | None
+    context: Literal["full", "half"]
     seed: Seed
     device: Str
-    trust: bool
+    precision: Annotated[Literal["auto", "32", "bf16"], BeforeValidator(_string)]
+
+
+class Evaluate(Weights):
+    data: dict[str, Any]
+    split: Literal["val", "train"]
+    precision: Annotated[Literal["32", "bf16", "fp16"] | None, BeforeValidator(_string)]
+    device: Str
+    out: Str | None
 
 
 class Prepare(Node):
@@ -282,7 +302,18 @@ class Prepare(Node):
     processes: Count | None
 
 
-ENTRIES = {"train": Train, "sample": Sample, "prepare": Prepare, "sizing": Sizing}
+class Export(Weights):
+    out: Str | None
+
+
+ENTRIES = {
+    "train": Train,
+    "sample": Sample,
+    "evaluate": Evaluate,
+    "prepare": Prepare,
+    "sizing": Sizing,
+    "export_hf": Export,
+}
 
 
 def validate(values: dict[str, Any], entry: str, references: Collection[str] = ()) -> Any:

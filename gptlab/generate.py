@@ -74,7 +74,7 @@ def generate(
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
     *,
-    sampler: Sampler = Sampler(),  # noqa: B008  (immutable)
+    sampler: Sampler = Sampler(),
     seeds: Sequence[int] | None = None,
     stop: Collection[int] = (),
     context: str = "full",
@@ -101,7 +101,9 @@ def generate(
     if not rows or not all(rows):
         raise UserError("there must be at least one prompt, and each must have at least one id")
     if not all(0 <= i < model.vocab_size for row in rows for i in row):
-        raise UserError(f"the prompt has ids outside the vocabulary 0..{model.vocab_size - 1}")  # the model does not check
+        raise UserError(
+            f"the prompt has ids outside the vocabulary 0..{model.vocab_size - 1}"
+        )  # the model does not check
     seeds = range(len(rows)) if seeds is None else seeds
     if len(seeds) != len(rows):
         raise UserError(f"seeds: {len(seeds)} for {len(rows)} prompts; give one per prompt")
@@ -141,7 +143,7 @@ def _generate(
             logits = positions.logits_after(ids)[..., : model.vocab_size]  # (B, V)
         if not logits.isfinite().all():
             raise UserError("the model's logits are not finite: its weights are damaged, or training had diverged")
-        drawing = [going and T >= length for going, length in zip(running, lengths, strict=True)]
+        drawing = [going and length <= T for going, length in zip(running, lengths, strict=True)]
         for row, generator, draws in zip(uniform, generators, drawing, strict=True):
             if draws and sampler.temperature > 0:
                 row[0] = 1 - torch.rand((), generator=generator, dtype=torch.float64)
@@ -152,7 +154,7 @@ def _generate(
         values = new[:, 0].tolist()
         yield [value if draws else None for value, draws in zip(values, drawing, strict=True)]
         for i, value in enumerate(values):
-            running[i] &= T + 1 < lengths[i] + max_new_tokens and not (drawing[i] and value in stop)
+            running[i] &= lengths[i] + max_new_tokens > T + 1 and not (drawing[i] and value in stop)
 
 
 class _Positions:

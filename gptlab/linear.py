@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from gptlab.model import GPT
 
+OPERATORS = ("_reorder_linear_weight", "_linear_pointwise")  # of torch.ops.mkldnn
 ROWS = 8  # that a weight is packed for; other numbers work, too
 LEAST = 256 * 256  # elements: below, a call costs more than it saves
 
@@ -19,7 +20,7 @@ LEAST = 256 * 256  # elements: below, a call costs more than it saves
 def can_pack() -> bool:
     """Whether this torch has oneDNN's operators for packed weights, and none of its modes looks at operators (fake tensors,
     counting of FLOPs)."""
-    has_operators = all(hasattr(torch.ops.mkldnn, name) for name in ("_reorder_linear_weight", "_linear_pointwise"))
+    has_operators = all(hasattr(torch.ops.mkldnn, name) for name in OPERATORS)
     return has_operators and torch.backends.mkldnn.is_available() and _get_current_dispatch_mode() is None
 
 

@@ -22,7 +22,10 @@ class KVCache:
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Append k and v (B, H, T, C // H); returns all so far."""
         if self._layers[layer] is None:
-            self._layers[layer] = (k.new_empty(self.shape), v.new_empty(self.shape))  # autocast decides about their type
+            self._layers[layer] = (
+                k.new_empty(self.shape),
+                v.new_empty(self.shape),
+            )  # autocast decides about their type
         start, end = self.length, self.length + k.shape[2]
         for kept, new in zip(self._layers[layer], (k, v), strict=True):
             kept[:, :, start:end] = new

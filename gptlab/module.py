@@ -192,9 +192,11 @@ class GPTModule(L.LightningModule):
         nats, counted = self._within_memory("validation", ids, summed_nats), mask[:, 1:]
         self.val_metrics.update(nats, counted.sum(), (self.token_bytes[ids[:, 1:]] * counted).sum())
 
+    def on_validation_epoch_start(self) -> None:
+        self.val_metrics.reset()
+
     def on_validation_epoch_end(self) -> None:
         metrics = {f"val/{name}": value for name, value in self.val_metrics.compute().items()} | self.extra_val_metrics
-        self.val_metrics.reset()
         self.validated = {"step": self.trainer.global_step, **metrics}
         best = self.best.get("val/loss", math.nan)
         if not self.trainer.sanity_checking and (math.isnan(best) or metrics["val/loss"] < best):

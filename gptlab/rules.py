@@ -185,6 +185,18 @@ def data_files_exist(data: dict) -> Iterator[str]:
         yield str(error)
 
 
+@rule("data", "init_from")
+def weights_bring_a_tokenizer(data: dict, init_from: str | None) -> Iterator[str]:
+    if data.get("tokenizer") == "init_from" and not init_from:
+        yield "data.tokenizer=init_from needs init_from; else use char, bpe or gpt2"
+
+
+@rule("init_from", "meta")
+def meta_describes_weights(init_from: str | None, meta: str | None) -> Iterator[str]:
+    if meta is not None and init_from is None:
+        yield f"meta={meta}: describes the tokens of nanoGPT's checkpoint; it needs init_from"
+
+
 @rule("tokenizer", "vocab_size", entry="prepare")
 def bpe_has_a_size(tokenizer: str, vocab_size: int | None) -> Iterator[str]:
     if (tokenizer == "bpe") != (vocab_size is not None):
@@ -203,4 +215,6 @@ def _vocab_size_text(at: str, node: dict, example: int) -> str:
     return f"{at}vocab_size={node['vocab_size']} needs {at}tokenizer=bpe"
 
 
-RULES["sizing"] = [(keys, check) for keys, check in RULES["train"] if check is not data_files_exist]  # often unread
+# Sizing often reads no files; an evaluation has data and nothing else of a run.
+RULES["sizing"] = [(keys, check) for keys, check in RULES["train"] if check is not data_files_exist]
+RULES["evaluate"] = [(keys, check) for keys, check in RULES["train"] if check is data_files_exist]

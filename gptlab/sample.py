@@ -21,7 +21,7 @@ def sample(cfg: config.Sample) -> None:
     from gptlab.generate import Sampler, generate
 
     device = choose_device(cfg.device)
-    source = sources.load(sources.given(cfg), meta=cfg.meta, trust=cfg.trust)
+    source = sources.load(sources.choose(cfg.ckpt, cfg.init_from), meta=cfg.meta, trust=cfg.trust)
     model, tokenizer = prepare_model(source.model, device, cfg.precision), source.tokenizer
     prompt = prompt or tokenizer.start
     notation = notation_of(source.config["data"])

@@ -62,15 +62,21 @@ def size(cfg: config.Sizing) -> None:
 
 def read_sizes(cfg: config.Sizing) -> tuple[int, int, int, int | None]:
     """Vocabulary, block, batch and micro-batch size; data are read only for what the config does not say."""
+    from gptlab.pretrained import GPT2
+
     data = cfg.data
+    inherited = data.get("tokenizer") == "init_from"
     gpt2 = data["_target_"].endswith(".WindowData") or data.get("tokenizer") == "gpt2"
+    gpt2 |= inherited and cfg.init_from in GPT2
     vocab_size = cfg.vocab_size or data.get("vocab_size") or (50257 if gpt2 else None)
     if vocab_size and data.get("block_size") and data.get("batch_size"):
         return vocab_size, data["block_size"], data["batch_size"], data.get("micro_batch_size")
+    from gptlab import sources
     from gptlab.train import make_data
 
     try:
-        loaded = make_data(cfg)
+        tokenizer = sources.load(cfg.init_from, meta=cfg.meta).tokenizer if inherited else None
+        loaded = make_data(cfg.data, cfg.seed, tokenizer)
     except UserError as error:
         raise UserError(f"{error}\nor give the size of the vocabulary: vocab_size=50257") from None
     vocab_size = cfg.vocab_size or loaded.tokenizer.vocab_size

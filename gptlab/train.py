@@ -41,12 +41,15 @@ def train(cfg: config.Train) -> float | None:
         report.already_finished(run, summary, trust=trust)
         return summary["best"].get("val/loss")
 
-    data = make_data(cfg)
+    source = open_source(cfg, state)
+    data = make_data(cfg.data, cfg.seed, source.tokenizer if source else saved_tokenizer(state))
+    if source:
+        check_same_tokenizer(data, source)
     saved_config, tokenizer = {**cfg.model_dump(), "resume": None, "trust": False}, data.tokenizer.state()
     if state:
         resume.check_same_run(ckpt, state, saved_config, data.record, tokenizer)
     memory = check_memory(cfg, data)
-    module = make_module(cfg, data, saved_config)
+    module = make_module(cfg, data, saved_config, source)
     trainer = make_trainer(cfg, run, data, make_loggers(cfg.logger, run, data.record, state, bool(cfg.resume)))
     start_step = state.get("global_step", 0)
     if trainer.is_global_zero:
@@ -119,21 +122,51 @@ def quiet_lightning() -> None:
         warnings.filterwarnings("ignore", message)
 
 
-def make_data(cfg: config.Train) -> Any:
-    """The prepared data module; what its preparation decided goes into the config."""
+def open_source(cfg: config.Train, state: dict[str, Any]) -> Any:
+    """The weights that the run starts from; None if it starts from random ones, or from a checkpoint of its own."""
+    if cfg.init_from is None or state:
+        return None
+    from gptlab import sources
+
+    source = sources.load(cfg.init_from, meta=cfg.meta, trust=cfg.trust)
+    cli.notes.append(f"weights: those of {source.name}")
+    return source
+
+
+def saved_tokenizer(state: dict[str, Any]) -> Any:
+    """That of the checkpoint that a run resumes from; None for a new run."""
+    from gptlab.checkpoint import build_tokenizer
+
+    return build_tokenizer(state["tokenizer"]) if state else None
+
+
+def make_data(node: dict[str, Any], seed: int, tokenizer: Any = None) -> Any:
+    """The prepared data module; what its preparation decided goes into the config's node. `tokenizer` is used where the
+    node says so: tokenizer=init_from."""
     from gptlab.checkpoint import build_tokenizer
     from gptlab.contracts import check_data, check_tokenizer
     from gptlab.targets import instantiate
     from gptlab.tokenizer import BPETokenizer, CharTokenizer
 
-    data = instantiate("data", cfg.data, seed=cfg.seed)
+    inherited = {"tokenizer": tokenizer} if node.get("tokenizer") == "init_from" else {}
+    data = instantiate("data", node, seed=seed, **inherited)
     data.prepare_data()
     data.setup("fit")
     check_data(data)
     if not isinstance(data.tokenizer, CharTokenizer | BPETokenizer):
         check_tokenizer(data.tokenizer, build_tokenizer)
-    cfg.data.update(data.resolved)
+    node.update(data.resolved)
     return data
+
+
+def check_same_tokenizer(data: Any, source: Any) -> None:
+    """Raises UserError unless the data are in the tokens of the weights."""
+    if data.tokenizer.state() != source.tokenizer.state():
+        sizes = f"{data.tokenizer.vocab_size:,} and {source.tokenizer.vocab_size:,}"
+        raise UserError(
+            f"data={data.name} has other tokens than {source.name} ({sizes}); a text (data=text data.path=FILE) is encoded "
+            "with the tokens of the weights: leave data.tokenizer out; other data must be prepared with them"
+        )
 
 
 def check_memory(cfg: config.Train, data: Any) -> str | None:
@@ -168,8 +201,9 @@ def check_memory(cfg: config.Train, data: Any) -> str | None:
     return memory.check_fits(lambda size: estimate(micro_batch_size=size), micro_batch_size, available)
 
 
-def make_module(cfg: config.Train, data: Any, saved_config: dict[str, Any]) -> Any:
-    """The LightningModule around the model; `saved_config` goes into checkpoints."""
+def make_module(cfg: config.Train, data: Any, saved_config: dict[str, Any], source: Any = None) -> Any:
+    """The LightningModule around the model, which starts from the weights of `source`; `saved_config` goes into
+    checkpoints."""
     import lightning as L
 
     from gptlab.checkpoint import GPT_TARGET, build_model, portable_config
@@ -182,6 +216,8 @@ def make_module(cfg: config.Train, data: Any, saved_config: dict[str, Any]) -> A
     model = build_model(cfg.model, data.tokenizer.vocab_size, data.block_size)
     if cfg.model["_target_"] != GPT_TARGET:
         check_model(model, data.tokenizer.vocab_size, data.block_size)
+    if source:
+        source.copy_to(model)
     if cfg.model.get("compile"):
         model.compile()  # in place: the parameters keep their names
     return Module(

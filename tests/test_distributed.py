@@ -14,7 +14,7 @@ import torch
 from conftest import DROPOUT, TINY, assert_same_end, metrics, same, weights
 from test_own import FILES, OWN
 
-from gptlab import checkpoint, processes
+from gptlab import checkpoint, processes, sources
 from gptlab.processes import Processes, ProcessFailed
 from gptlab.run import Run
 
@@ -92,7 +92,7 @@ def test_fsdp_computes_what_one_process_does(train, continue_run, tmp_path):
     assert done.stderr == "" and not leftovers(tmp_path)
     names = checkpoint.read(tmp_path / "run/checkpoints/last.ckpt")["state_dict"].keys()
     assert list(names) == list(weights(tmp_path / "one"))
-    checkpoint.load(tmp_path / "run/checkpoints/last.ckpt")
+    assert sources.load(str(tmp_path / "run/checkpoints/last.ckpt")).model
     continue_run(*RUNS["one"])
     assert_close(tmp_path / "run", tmp_path / "one")
 

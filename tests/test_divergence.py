@@ -115,7 +115,8 @@ def test_weights_that_blow_up(train, gptlab, tmp_path):
     assert "ERROR: the run has diverged: step 2: the loss is nan" in said and "data.train_steps(0, 1)[1]" in said
     assert "at step 2; the last checkpoint is of step 1" in said and "resume=run" in said and "Traceback" not in said
     assert not (tmp_path / "run/summary.json").exists()
-    data = make_data(config.validate({**Run(tmp_path / "run").read_config(), "trust": False}, "train"))
+    cfg = config.validate({**Run(tmp_path / "run").read_config(), "trust": False}, "train")
+    data = make_data(cfg.data, cfg.seed)
     assert torch.equal(data.train_steps(0, 1)[1], torch.load(tmp_path / "batch.pt", weights_only=True))
     assert [line["val/loss"] for line in metrics(tmp_path / "run") if "val/loss" in line][1] is None
     assert "diverged: step 2: the loss is nan" in train("resume=run", "trust=true", status=1).stdout

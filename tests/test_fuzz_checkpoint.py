@@ -26,7 +26,7 @@ from typing import Any
 import pytest
 import torch
 
-from gptlab import checkpoint
+from gptlab import checkpoint, sources
 from gptlab.errors import UserError
 
 SEED, FEW, MANY = 5, 80, 12_000
@@ -214,7 +214,7 @@ def generate(key: str, valid: dict, content: bytes) -> bytes:
 def verdict(path: Path) -> str:
     """accepted, refused, or what was wrong: anything but one error of ours about this file, or a model that works."""
     outcome = ""
-    for load in (lambda: checkpoint.read(path, mmap=True), lambda: use(*checkpoint.load(path))):
+    for load in (lambda: checkpoint.read(path, mmap=True), lambda: use(path)):
         try:
             load()
             outcome = "accepted"
@@ -227,7 +227,9 @@ def verdict(path: Path) -> str:
     return outcome
 
 
-def use(model: torch.nn.Module, tokenizer: Any, _: dict) -> None:
+def use(path: Path) -> None:
+    source = sources.load(str(path))
+    model, tokenizer = source.model, source.tokenizer
     for length in (1, model.block_size):
         logits = model(torch.arange(length)[None] % tokenizer.vocab_size)[..., : tokenizer.vocab_size]
         assert logits.shape == (1, length, tokenizer.vocab_size) and torch.isfinite(logits).all()
@@ -240,7 +242,7 @@ def judge_all(valid_path: str, keys: list[str]) -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     content, valid = Path(valid_path).read_bytes(), torch.load(valid_path, weights_only=True)
-    use(*checkpoint.load(Path(valid_path)))  # all that is imported on the way
+    use(Path(valid_path))  # all that is imported on the way
     path = Path("judged.ckpt")
     for key in keys:
         path.write_bytes(generate(key, valid, content))
@@ -399,10 +401,10 @@ def test_a_class_in_a_checkpoint_is_not_run(valid, tmp_path, monkeypatch, place,
     (whole["config"] if place == "model" else whole)[place] = node
     torch.save(whole, "evil.ckpt")
     with pytest.raises(UserError, match=f"evil.ckpt needs {target}, which gptlab does not define.*trust=true"):
-        checkpoint.load(Path("evil.ckpt"))
+        sources.load("evil.ckpt")
     assert not Path(MARKER).exists()
     with pytest.raises((ValueError, AttributeError)):
-        checkpoint.load(Path("evil.ckpt"), trust=True)
+        sources.load("evil.ckpt", trust=True)
     assert Path(MARKER).exists() == (target == "evil.Model" or (place, target) == ("tokenizer", "os.system"))
 
 

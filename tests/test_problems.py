@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from test_module import make_trainer
 from torch.utils.data import DataLoader
 
-from gptlab import checkpoint, optim
+from gptlab import checkpoint, optim, sources
 from gptlab.callbacks.display import Progress
 from gptlab.callbacks.early_stopping import EarlyStopping
 from gptlab.callbacks.ema import EMA
@@ -269,8 +269,8 @@ def test_what_a_run_decided_and_measured_is_in_its_files_and_it_can_be_asked(gpt
         assert re.search(rf"step {step}: .*, {100 * accuracy:.2f} % answered exactly", log)
 
     shown = gptlab("sample", "ckpt=run", "prompt=8550", "max_new_tokens=3", "temperature=0").stdout.strip()
-    model, tokenizer, _ = checkpoint.load(run / "checkpoints/best.ckpt")
-    assert shown == "8550" + tokenizer.decode(greedy(model, torch.tensor([[8, 5, 5, 0]]), 3)[0].tolist())
+    source = sources.load(str(run / "checkpoints/best.ckpt"))
+    assert shown == "8550" + source.tokenizer.decode(greedy(source.model, torch.tensor([[8, 5, 5, 0]]), 3)[0].tolist())
 
 
 @pytest.mark.slow
@@ -280,7 +280,7 @@ def test_two_processes_measure_what_one_would(gptlab, tmp_path):
     more = ["trainer.max_steps=40", "trainer.val_every=40", "optim.lr=1e-2", "trainer.devices=2", "hydra.run.dir=run"]
     done = gptlab("train", *RUN, *more, "callbacks=[problems,ema]", "callbacks.sample_text=null")
     assert done.stderr == ""
-    model, _, _ = checkpoint.load(tmp_path / "run/checkpoints/last.ckpt")
+    model = sources.load(str(tmp_path / "run/checkpoints/last.ckpt")).model
     measured = json.loads((tmp_path / "run/summary.json").read_text())["last"]["val/accuracy"]
     assert measured == accuracy(model, prepared(addition(2))) > 0
 

@@ -10,6 +10,9 @@ import pytest
 import torch
 from conftest import TINY
 
+from gptlab.linear import fast_bf16
+from gptlab.sample import TextStream
+
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
@@ -39,8 +42,54 @@ def test_seed_temperature_and_number(gptlab, checkpoint):
     assert sample("seed=1") == sample("seed=1") != sample("seed=2")
     assert sample("temperature=0", "seed=1") == sample("temperature=0", "seed=2")
     assert sample("top_k=1", "seed=1") == sample("temperature=0")
-    two = sample("num_samples=2", "seed=1").split("\n" + "-" * 20 + "\n")
-    assert len(two) == 2 and two[0] == sample("seed=1") and two[1] == sample("seed=2")
+    several = sample("num_samples=35", "seed=1").removesuffix("\n").split("\n\n" + "-" * 20 + "\n")  # two batches
+    assert len(several) == 35 and len({*several}) == 35
+    assert [text + "\n" for text in (several[0], several[1], several[34])] == [sample(f"seed={i}") for i in (1, 2, 35)]
+
+
+def test_filters_stop_and_context(gptlab, checkpoint):
+    """The model's context is 64 tokens."""
+
+    def sample(*arguments):
+        return gptlab("sample", f"ckpt={checkpoint}", "prompt=a", "max_new_tokens=90", "seed=1", *arguments).stdout
+
+    whole = sample("top_k=null")
+    greedy = sample("temperature=0")
+    assert greedy == sample("top_k=null", "top_p=1e-6") == sample("top_k=null", "min_p=1.0") != whole
+    at = whole.index(whole[20:24], 1)
+    assert sample("top_k=null", f"stop={whole[20:24]}").removesuffix("\n") == whole[:at]
+    assert sample("top_k=null", "stop=never there") == whole
+    half = sample("top_k=null", "context=half")
+    assert half[:64] == whole[:64] and half != whole and len(half) == len(whole)
+    assert sample("top_k=null", "precision=32") == whole or fast_bf16()
+
+
+class Spelled:
+    """A tokenizer whose ids are the letters of a string."""
+
+    def decode(self, ids):
+        return "".join(map(chr, ids))
+
+
+@pytest.mark.parametrize("stop", ["aab", "aaab", "b", "x", None])
+def test_what_may_begin_the_stop_is_held_back(stop):
+    """Whatever arrives when: all pieces together are the text before the first `stop`, and none is taken back."""
+    text = "aaaabaacaab"
+    stream = TextStream(Spelled(), [ord("a")], stop)  # the prompt's own letter does not count
+    pieces = [stream.add(ord(letter)) for letter in text]
+    expected = text.partition(stop)[0] if stop else text
+    assert "".join(pieces) + stream.finish() == expected
+    assert stream.ended == (stop is not None and stop in text)
+
+
+def test_incomplete_characters_are_held_back():
+    class Bytes:
+        def decode(self, ids):
+            return bytes(ids).decode("utf-8", "replace")
+
+    stream = TextStream(Bytes(), [*"é".encode()], None)
+    assert [stream.add(byte) for byte in "a€".encode()] == ["a", "", "", "€"]
+    assert stream.add(0xE2) == "" and stream.finish() == "\ufffd"
 
 
 def test_prompt_file(gptlab, tmp_path, checkpoint):
@@ -65,6 +114,9 @@ def test_without_a_prompt_a_newline_is_continued(gptlab, checkpoint):
         (["ckpt=nowhere"], "nowhere is not a run folder"),
         (["ckpt=latest"], "latest: no runs under"),
         (["ckpt=null"], "ckpt is missing"),
+        (["init_from=gpt2"], "ckpt and init_from exclude each other"),
+        (["meta=nowhere"], "meta=nowhere: describes the tokens of nanoGPT's checkpoint"),
+        *([] if fast_bf16() else [(["precision=bf16"], "does not multiply bfloat16")]),
     ],
 )
 def test_refused(gptlab, checkpoint, arguments, text):

@@ -49,7 +49,7 @@ class TextData(WindowData):
         sha256: str | None = None,
         fallback: str | None = None,
         folder: str | None = None,
-        tokenizer: str = "char",
+        tokenizer: Any = "char",
         vocab_size: int | None = None,
         **windows,
     ) -> None:
@@ -79,6 +79,9 @@ class TextData(WindowData):
         chars, length = scan_text(self._text)
         split = int(0.9 * length) if self.val_path is None else length
         self.tokenizer = self._make_tokenizer(chars, split)
+        source = f"data.path={self.path}" if self.path else f"data={self.name}"
+        if isinstance(self.tokenizer, CharTokenizer):
+            check_characters(chars, self.tokenizer.chars, f"{source}: not in the vocabulary of the weights")
         self.train_ids, self.val_ids, sha256 = encode_text(self._text, self.tokenizer, split)
         if self.path is not None and self.sha256 and sha256 != self.sha256:
             raise UserError(
@@ -86,23 +89,28 @@ class TextData(WindowData):
                 f"data=text data.path={self.path}"
             )
         record = {"name": self.name, "sha256": sha256}
-        source = f"data.path={self.path}" if self.path else f"data={self.name}"
         if self.val_path is not None:
             source += f", data.val_path={self.val_path}"
             val_chars, val_length = scan_text(self._val_text)
-            if self.kind == "char" and (unknown := sorted({*val_chars} - {*chars})):
-                some = ", ".join(f"{char!r} (U+{ord(char):04X})" for char in unknown[:3])
-                raise UserError(f"{source}: {len(unknown)} characters are in the validation text only, such as {some}")
+            if isinstance(self.tokenizer, CharTokenizer):
+                check_characters(val_chars, self.tokenizer.chars, f"{source}: in the validation text only")
             self.val_ids, _, record["val_sha256"] = encode_text(self._val_text, self.tokenizer, val_length)
         self.check_lengths(source)
         self.record = record
 
-    def _make_tokenizer(self, chars: str, split: int) -> CharTokenizer | BPETokenizer:
+    def _make_tokenizer(self, chars: str, split: int) -> Any:
         if self.kind == "gpt2":
             return load_gpt2_tokenizer("learn a vocabulary with data.tokenizer=bpe data.vocab_size=1024")
         if self.kind == "bpe":
             return BPETokenizer.learn(slice_text(self._text, 0, split), self.vocab_size)
-        return CharTokenizer(chars)
+        return CharTokenizer(chars) if self.kind == "char" else self.kind
+
+
+def check_characters(chars: str, known: str, fault: str) -> None:
+    """Raises UserError for characters that a vocabulary lacks."""
+    if unknown := sorted({*chars} - {*known}):
+        some = ", ".join(f"{char!r} (U+{ord(char):04X})" for char in unknown[:5])
+        raise UserError(f"{fault}: {len(unknown)} characters, such as {some}")
 
 
 def scan_text(text: Iterable[str]) -> tuple[str, int]:
