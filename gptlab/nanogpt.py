@@ -10,11 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from gptlab.errors import MissingFileError, UserError
-from gptlab.model import GPT
-from gptlab.pretrained import Pretrained
+from gptlab.pretrained import Pretrained, shapes_of
 from gptlab.tokenizer import CharTokenizer
 
-LARGEST = {"n_layer": 2**10, "n_head": 2**24, "n_embd": 2**24, "block_size": 2**24, "vocab_size": 2**24}  # products fit
+LARGEST = {"n_layer": 2**10, "n_head": 2**24, "n_embd": 2**24, "block_size": 2**24, "vocab_size": 2**24}
 VOCABULARY = 2**16  # characters: the ids in nanoGPT's data are uint16
 META_BYTES = 2**21  # a vocabulary of that size takes 1.6 MB
 
@@ -50,6 +49,8 @@ def _check_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
         size = arguments.get(name)
         if type(size) is not int or not 1 <= size <= largest:
             raise UserError(f"model_args: {name}={reprlib.repr(size)} must be an integer from 1 to {largest:,}")
+    if arguments["n_embd"] % arguments["n_head"]:
+        raise UserError(f"model_args: n_embd={arguments['n_embd']} must be divisible by n_head={arguments['n_head']}")
     if type(arguments["bias"]) is not bool:
         raise UserError(f"model_args: bias={reprlib.repr(arguments['bias'])} must be True or False")
     return {name: arguments[name] for name in (*LARGEST, "bias")}
@@ -58,17 +59,14 @@ def _check_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
 def _check_weights(weights: dict[str, Any], arguments: dict[str, Any]) -> None:
     if wrong := [name for name, weight in weights.items() if not _is_plain(weight)]:
         raise UserError(f"{_join(wrong)} must be dense tensors of float64, float32, float16 or bfloat16")
-    with torch.device("meta"):  # shapes alone, of one layer: a thousand take seconds
-        layer = GPT(**{**arguments, "n_layer": 1}).state_dict()
-    layers = range(arguments["n_layer"])
-    shapes = {name.replace(".h.0.", f".h.{i}."): weight.shape for i in layers for name, weight in layer.items()}
+    shapes = shapes_of(arguments, arguments["vocab_size"], arguments["block_size"])
     if missing := shapes.keys() - weights.keys():
         raise UserError(f"no weights {_join(missing)}, which model_args imply")
     if unknown := weights.keys() - shapes.keys():
         raise UserError(f"unknown weights {_join(unknown)}: this is not nanoGPT's model")
     for name, weight in weights.items():
         if weight.shape != shapes[name]:
-            raise UserError(f"{name} is {tuple(weight.shape)}; model_args imply {tuple(shapes[name])}")
+            raise UserError(f"{name} is {tuple(weight.shape)}; model_args imply {shapes[name]}")
     head, embedding = weights["lm_head.weight"], weights["transformer.wte.weight"]
     storages = {weight.untyped_storage().data_ptr(): weight.untyped_storage().nbytes() for weight in weights.values()}
     if sum(weight.nbytes for weight in weights.values()) - head.nbytes > sum(storages.values()):

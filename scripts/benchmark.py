@@ -1,8 +1,9 @@
-"""Benchmarks: python scripts/benchmark.py {train,prepare,startup,guards,busy} [options]
+"""Benchmarks: python scripts/benchmark.py {train,prepare,startup,guards,busy,sample} [options]
 
 Each part measures its columns once per round, in reversed order every other round, and reports medians and the ratios
 within each round. Every measurement starts the programs as a user does; their speed is read from their own logs, by
-this process's clock. Results and hardware: scripts/README.md.
+this process's clock. (`sample` runs in this process, with a thread per core unless OMP_NUM_THREADS says otherwise.)
+Results and hardware: scripts/README.md.
 
 To add a part: write a function that returns a `Plan`, and add it to `PARTS`.
 """
@@ -461,6 +462,15 @@ def encode(texts: list[str]) -> float:
     return tokens / (time.perf_counter() - began)
 
 
+def sample(options: argparse.Namespace, folder: Path) -> Plan:
+    """Tokens per second of generated text against Hugging Face's `generate` and nanoGPT's: same random weights, same
+    sampler, a prompt of one token, then 250 (baby) or 100 (124M) new ones per row and no stop. Beside them, what the
+    machine's memory can do."""
+    import benchmark_sample
+
+    return Plan("tokens/s", *benchmark_sample.columns(options.size, options.batch, options.peer, options.profile))
+
+
 def available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
@@ -523,7 +533,7 @@ def format_table(values: dict[str, list[float]], unit: str) -> str:
     return "\n".join(lines)
 
 
-PARTS = {part.__name__: part for part in (train, prepare, startup, guards, busy)}
+PARTS = {part.__name__: part for part in (train, prepare, startup, guards, busy, sample)}
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -534,13 +544,18 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--json", type=Path, help="also write everything to this file")
     parser.add_argument("--seconds", type=float, default=15, help="of training that a measurement takes")
     parser.add_argument("--warm-up", type=int, default=50, help="steps before that")
-    parser.add_argument("--peer", type=Path, help="train, prepare: a clone of https://github.com/karpathy/nanoGPT")
+    parser.add_argument(
+        "--peer", type=Path, help="train, prepare, sample: a clone of https://github.com/karpathy/nanoGPT"
+    )
     parser.add_argument("--hardware", choices=SIZES, default="cpu", help="train: also chooses the size of the model")
     parser.add_argument("--compile", action="store_true", help="train: also with torch.compile, on both sides")
     parser.add_argument("--peer-spincount", action="store_true", help="train: also nanoGPT with GOMP_SPINCOUNT=1000")
     parser.add_argument("--spincount", nargs="+", default=["default"], help="busy: of GOMP_SPINCOUNT")
     parser.add_argument("--documents", type=Path, help="prepare: JSON lines with a text each (default: written here)")
     parser.add_argument("--megabytes", type=int, default=500, help="prepare: of those written here")
+    parser.add_argument("--size", nargs="+", choices=("baby", "124M"), default=["baby", "124M"], help="sample: models")
+    parser.add_argument("--batch", nargs="+", type=int, default=[1, 8], help="sample: rows generated at once")
+    parser.add_argument("--profile", action="store_true", help="sample: also where gptlab's time goes")
     options = parser.parse_intermixed_args(argv)
     if options.part in ("train", "prepare") and options.peer is None:
         parser.error(f"{options.part} needs --peer PATH_OF_NANOGPT")

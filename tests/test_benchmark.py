@@ -1,17 +1,22 @@
 """scripts/benchmark.py: how it measures and reports, on small stand-ins for training programs."""
 
+import itertools
 import json
 import math
+import os
+import re
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+import torch
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 sys.path.insert(0, str(SCRIPTS))
 import benchmark  # noqa: E402
+import benchmark_sample  # noqa: E402
 
 STEPS = """
 import time
@@ -82,3 +87,33 @@ def test_parts_run(tmp_path, part, column):
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
     assert column in done.stdout
+
+
+TINY = benchmark_sample.Size(20, 16, {"n_layer": 1, "n_head": 2, "n_embd": 16, "bias": True}, tokens=12, peer_tokens=5)
+
+
+def test_sampling_is_measured_on_every_side(monkeypatch, capsys):
+    monkeypatch.setitem(benchmark_sample.SIZES, "baby", TINY)
+    monkeypatch.setattr(benchmark_sample, "ELEMENTS", 2**16)
+    command = ["benchmark.py", "sample", "--size", "baby", "--batch", "1", "2", "--rounds", "2", "--profile"]
+    peer = os.environ.get("GPTLAB_TEST_NANOGPT")
+    monkeypatch.setattr(sys, "argv", [*command, "--peer", peer] if peer else command)
+    benchmark.main()
+    table = capsys.readouterr().out.split("round 2 of 2")[1]
+    sides = ["gptlab fp32", "Hugging Face fp32", "gptlab fp32, % attention"] + ["nanoGPT, 5 tokens, fp32"] * bool(peer)
+    for batch, side in itertools.product((1, 2), sides):
+        assert float(re.search(rf"baby, batch {batch}: {side} +([\d,.]+)", table)[1].replace(",", "")) > 0
+    shares = re.findall(r"batch 2: gptlab fp32, % [\w ]+? +([\d.]+)", table)
+    assert len(shares) == 8 and sum(map(float, shares)) == pytest.approx(100, abs=5)  # of medians
+    assert "baby, batch 1: gptlab fp32 / baby, batch 1: Hugging Face fp32" in table and "memory read, GB/s" in table
+
+
+def test_all_sides_are_the_same_model():
+    torch.manual_seed(1)
+    model = benchmark_sample.GPT(vocab_size=20, block_size=16, **TINY.model).eval()
+    idx = torch.randint(20, (2, 16))
+    with torch.no_grad():
+        logits = model(idx)
+        torch.testing.assert_close(benchmark_sample.hugging_face(model)(idx).logits, logits)
+        if peer := os.environ.get("GPTLAB_TEST_NANOGPT"):
+            torch.testing.assert_close(benchmark_sample.nanogpt(model, TINY, Path(peer))(idx, idx)[0], logits)
