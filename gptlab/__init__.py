@@ -8,9 +8,9 @@ import sys
 __version__ = "0.1.0"
 
 _modules = [module for flag, module in zip(sys.orig_argv, sys.orig_argv[1:], strict=False) if flag == "-m"]
-if (
-    any(module.startswith("gptlab.") for module in _modules)
-    or os.path.basename(sys.argv[0]) == "prepare_openwebtext.py"
+if any(module.startswith("gptlab.") for module in _modules) or os.path.basename(sys.argv[0]) in (
+    "prepare_openwebtext.py",
+    "export_hf.py",
 ):
     # Our own process: until training listens, Ctrl-C ends it here. Imports would swallow a KeyboardInterrupt.
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))

@@ -9,4 +9,5 @@ print("""gptlab: experiments with GPT language models
   python -m gptlab.sizing     parameters, FLOPs, memory and time of a training, before it runs
 
 --help after any of them lists its settings; README.md shows the way.
-Documents become token files with scripts/prepare_openwebtext.py in a clone.""")
+In a clone, scripts/prepare_openwebtext.py makes token files of documents, and scripts/export_hf.py takes a model to
+Hugging Face's format.""")

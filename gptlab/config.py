@@ -272,7 +272,7 @@ class Sample(SampleText, Weights):
     num_samples: Count
     top_p: Annotated[float, Field(gt=0, le=1)] | None
     min_p: Annotated[float, Field(ge=0, le=1)] | None
-    stop: Annotated[Str, Field(min_length=1)] | None
+    stop: Str | None
     context: Literal["full", "half"]
     seed: Seed
     device: Str

@@ -216,8 +216,8 @@ def identity(cfg: config.Train, values: dict[str, Any]) -> str:
 
 def check_flags(entry: str, overrides: list[str], resuming: bool) -> None:
     """Raises UserError for what a sweep cannot be combined with."""
-    if entry == "prepare":
-        raise UserError("-m: data are prepared one folder at a time")
+    if entry in ("prepare", "export_hf"):
+        raise UserError("-m: one folder is written at a time")
     if resuming:
         raise UserError("resume=RUN cannot be combined with a sweep (-m); resume=SWEEP resumes a sweep")
     for key, instead in (("run.dir", "with -m use hydra.sweep.dir=FOLDER"), ("sweep.subdir", "jobs are numbered")):

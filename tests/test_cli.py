@@ -170,7 +170,7 @@ def test_refused(refused, arguments, said):
         (["tempreature=1"], "unknown key tempreature; did you mean temperature?"),
         (["+foo=1"], "unknown key foo; known: ckpt, "),
         (["num_samples=0"], "num_samples=0: must be >= 1"),
-        (["run"], "run: settings are KEY=VALUE; did you mean resume=run (train) or ckpt=run (sample)?"),
+        (["run"], "run: settings are KEY=VALUE; did you mean resume=run (train) or ckpt=run (sample, evaluate)?"),
         (["-m", "num_samples=1,0"], "1 of 2 jobs cannot run, so none was started"),
     ],
 )
@@ -183,7 +183,7 @@ def test_preparing_refuses_too(refused):
     assert refused("tokenizer=bpe", "pth=x", entry="prepare") == [
         "unknown key pth; did you mean path?", "tokenizer=bpe needs vocab_size, such as vocab_size=8192"
     ]  # fmt: skip
-    assert "one folder at a time" in refused("-m", "out=a,b", entry="prepare")[0]
+    assert "one folder is written at a time" in refused("-m", "out=a,b", entry="prepare")[0]
 
 
 @pytest.mark.parametrize(

@@ -39,7 +39,9 @@ def entry_choices() -> list[tuple[str, ...]]:
         ("sample",),
         ("prepare",),
         ("sizing",),
+        ("export_hf",),
         *(("train", *row) for row in [*together, *alone, (WANDB,)]),
+        ("evaluate", "data=text"),
     ]
 
 
@@ -135,14 +137,14 @@ STEPS_OR_AUTO = ([0, "auto", HUGE - 1, 1e2], [-1, HUGE, 0.5, NAN, "automatic", N
 CALLBACK, DATA = "callbacks.", "data."
 RANGES = {
     "name": FOLDER, "seed": ([0, 2**32 - 1], [-1, 2**32, 0.5, NAN, True, None, "1"]), "tags": ([[], ["a", 1]], [None, "a", [None], [["a"]]]),
-    "resume": OPTIONAL_STRING, "trust": SWITCH,
+    "init_from": OPTIONAL_STRING, "meta": OPTIONAL_STRING, "resume": OPTIONAL_STRING, "trust": SWITCH,
     **dict.fromkeys(("model.n_layer", "model.n_head", "model.n_embd", "model.vocab_multiple"), COUNT),
     **dict.fromkeys(("model.bias", "model.activation_checkpointing", "model.compile"), SWITCH),
     "model.dropout": FRACTION, "model.gelu": (["erf", "tanh"], ["Tanh", "", None, True, 1]),
     "data.name": FOLDER, "data.block_size": COUNT, "data.batch_size": COUNT, "data.micro_batch_size": OPTIONAL_COUNT,
     "data.val_windows": OPTIONAL_COUNT, "data.workers": ([None, 0, 8], [-1, HUGE, 0.5, True, "2"]),
     **dict.fromkeys(("data.path", "data.val_path", "data.url", "data.sha256", "data.folder", "data.fallback"), OPTIONAL_STRING),
-    "data.file": (["a.txt"], ["../a", "/a", ".a", "", None, 5]), "data.tokenizer": (["char", "gpt2", "bpe"], ["word", "", None, True]), "data.vocab_size": ([None, *VOCAB[0]], VOCAB[1]),
+    "data.file": (["a.txt"], ["../a", "/a", ".a", "", None, 5]), "data.tokenizer": (["char", "gpt2", "bpe", "init_from"], ["word", "", None, True]), "data.vocab_size": ([None, *VOCAB[0]], VOCAB[1]),
     "optim.lr": ([1e-9, 1e30], [0, -1, INF, NAN, None, True, "1"]), "optim.min_lr": AMOUNT, "optim.weight_decay": AMOUNT, "optim.grad_clip": AMOUNT,
     "optim.schedule": (["cosine", "constant"], ["linear", None, True]), "optim.warmup_steps": STEPS_OR_AUTO, "trainer.threads": COUNT_OR_AUTO, "optim.decay_steps": SIZE,
     "optim.skip_nonfinite": SIZE, "optim.betas": ([[0, 0.999], [0.9, 0.0]], [[], [0.9], [0.9, 0.9, 0.9], [0.9, 1], [-0.1, 0.9], [NAN, 0.9], [0.9, "0.9"], None, 0.9]),
@@ -156,6 +158,7 @@ RANGES = {
     "callbacks.sample_text.temperature": AMOUNT, "callbacks.sample_text.top_k": OPTIONAL_COUNT,
     "callbacks.checkpointing.every": COUNT, "callbacks.checkpointing.keep_every": OPTIONAL_COUNT,
 }  # fmt: skip
+WEIGHTS = {**dict.fromkeys(("ckpt", "init_from", "meta"), OPTIONAL_STRING), "trust": SWITCH}
 OTHERS = {
     "data=addition": {"data.block_size": OPTIONAL_COUNT, "data.ndigit": ([1, 100], [0, 101, 1.5, None, True])},
     "data=sort": {"data.block_size": OPTIONAL_COUNT, "data.length": ([2, 256], [1, 257, None]), "data.n_symbols": ([2, 62], [1, 63, None])},
@@ -177,16 +180,23 @@ OTHERS = {
         "logger.entity": OPTIONAL_STRING, "logger.group": OPTIONAL_STRING, "logger.notes": OPTIONAL_STRING, "logger.offline": SWITCH,
     },
     "sample": {
-        **dict.fromkeys(("ckpt", "prompt", "prompt_file"), OPTIONAL_STRING), "num_samples": COUNT, "max_new_tokens": SIZE, "temperature": AMOUNT,
-        "top_k": OPTIONAL_COUNT, "seed": ([0, 2**32 - 1], [-1, 2**32, None]), "device": STRING, "trust": SWITCH,
+        **WEIGHTS, **dict.fromkeys(("prompt", "prompt_file"), OPTIONAL_STRING), "stop": OPTIONAL_STRING, "num_samples": COUNT, "max_new_tokens": SIZE, "temperature": AMOUNT,
+        "top_k": OPTIONAL_COUNT, "top_p": ([None, 1e-9, 1], [0, -0.1, 1.1, NAN, True, "1"]), "min_p": ([None, 0, 1], [-0.1, 1.1, NAN, True, "1"]),
+        "context": (["full", "half"], ["quarter", None, 1]), "precision": (["auto", "32", 32, "bf16"], ["fp16", "64", None, True]),
+        "seed": ([0, 2**32 - 1], [-1, 2**32, None]), "device": STRING,
     },
+    "evaluate": {
+        **WEIGHTS, **{key: RANGES[key] for key in RANGES if key.startswith("data.")}, "split": (["val", "train"], ["test", None, 1]),
+        "precision": ([None, "32", 32, "bf16", "fp16"], ["auto", "64", True]), "device": STRING, "out": OPTIONAL_STRING,
+    },
+    "export_hf": {**WEIGHTS, "out": OPTIONAL_STRING},
     "prepare": {
         **dict.fromkeys(("out", "path", "hub_config", "hub_revision"), OPTIONAL_STRING), **dict.fromkeys(("hub", "hub_split", "text_key"), STRING),
         "tokenizer": (["gpt2", "bpe"], ["char", None]), "vocab_size": ([None, *VOCAB[0]], VOCAB[1]),
         "val_share": ([1e-9, 0.999], [0, 1, -0.1, 1.5, INF, NAN, None]), "split_seed": SIZE, "processes": OPTIONAL_COUNT,
     },
     "sizing": {
-        **{key: RANGES[key] for key in RANGES if key.startswith(("name", "seed", "tags", "model.", "optim.", "trainer.", "callbacks."))},
+        **{key: RANGES[key] for key in RANGES if key.startswith(("name", "seed", "tags", "init_from", "meta", "model.", "optim.", "trainer.", "callbacks."))},
         **{key: RANGES[key] for key in ("data.name", "data.block_size", "data.batch_size", "data.micro_batch_size", "data.val_windows", "data.workers")},
         "vocab_size": OPTIONAL_COUNT, "tokens": ([None, 1, 300e9], [0, -1, 1.5, INF, True, "1", 2**63]),
         "flops_per_s": ([None, 1, 312e12], [0, -1, INF, NAN, True, "1"]), "mfu": ([1e-9, 1], [0, -0.1, 1.1, NAN, None, True]),
@@ -336,6 +346,14 @@ RULES = {
         (("train",), {"data.path": "a.txt"}, "data=python_docs has its own text and split; use yours with data=text data.path=a.txt"),
         (choice_with("data=shakespeare_char"), {"data.val_path": "a.txt"}, "use yours with data=text data.path=FILE data.val_path=a.txt"),
         (choice_with("data=shakespeare_char"), {}, None),  # its download is not the config's business
+    ],
+    "weights_bring_a_tokenizer": [
+        (TEXT, {"data.tokenizer": "init_from"}, "data.tokenizer=init_from needs init_from; else use char, bpe or gpt2"),
+        (TEXT, {"data.tokenizer": "init_from", "init_from": "gpt2"}, None),
+    ],
+    "meta_describes_weights": [
+        (("train",), {"meta": "meta.pkl"}, "meta=meta.pkl: describes the tokens of nanoGPT's checkpoint; it needs init_from"),
+        (("train",), {"meta": "meta.pkl", "init_from": "ckpt.pt"}, None),
     ],
     "bpe_has_a_size": [
         (("prepare",), {"tokenizer": "bpe"}, "tokenizer=bpe needs vocab_size, such as vocab_size=8192"),
