@@ -13,7 +13,6 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 from gptlab.model import GPT
 
 OPERATORS = ("_reorder_linear_weight", "_linear_pointwise")  # of torch.ops.mkldnn
-ROWS = 8  # that a weight is packed for; other numbers work, too
 LEAST = 256 * 256  # elements: below, a call costs more than it saves
 
 
@@ -30,11 +29,12 @@ def fast_bf16() -> bool:
 
 
 class PackedLinear(nn.Module):
-    """A linear layer whose weight (out, in) is packed and of type `dtype`; input and output keep theirs. Without gradients."""
+    """A linear layer whose weight (out, in) is packed for `rows` rows and of type `dtype`; input and output keep theirs.
+    Without gradients. Any number of rows works, some are faster."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, rows: int) -> None:
         super().__init__()
-        self.dtype, self.weight = dtype, torch.ops.mkldnn._reorder_linear_weight(weight.detach().to(dtype), ROWS)
+        self.dtype, self.weight = dtype, torch.ops.mkldnn._reorder_linear_weight(weight.detach().to(dtype), rows)
         self.bias = None if bias is None else bias.detach().to(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -42,8 +42,9 @@ class PackedLinear(nn.Module):
         return y.to(x.dtype)
 
 
-def pack(model: nn.Module, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """A copy of a GPT for generating text: its large linear layers are packed, all else is shared with the model.
+def pack(model: nn.Module, dtype: torch.dtype = torch.float32, rows: int = 8) -> nn.Module:
+    """A copy of a GPT for generating text, `rows` sequences at a time: its large linear layers are packed, all else is
+    shared with the model.
 
     The model itself where that is impossible: a custom model, a GPU, a torch without the operators. The copy can neither
     be trained nor saved: packed weights are no parameters, and the tied ones have become two.
@@ -55,8 +56,8 @@ def pack(model: nn.Module, dtype: torch.dtype = torch.float32) -> nn.Module:
     for module in [*copied.modules()]:
         for name, child in module.named_children():
             if type(child) is nn.Linear and child.weight.numel() >= LEAST:
-                rows = copied.vocab_size if child is copied.lm_head else None  # without the padding
-                setattr(module, name, PackedLinear(child.weight[:rows], child.bias, dtype))
+                outputs = copied.vocab_size if child is copied.lm_head else None  # without the padding
+                setattr(module, name, PackedLinear(child.weight[:outputs], child.bias, dtype, rows))
     if isinstance(copied.lm_head, PackedLinear):
         copied.padding = None
     return copied

@@ -468,7 +468,10 @@ def sample(options: argparse.Namespace, folder: Path) -> Plan:
     machine's memory can do."""
     import benchmark_sample
 
-    return Plan("tokens/s", *benchmark_sample.columns(options.size, options.batch, options.peer, options.profile))
+    device = "cuda" if options.hardware == "gpu" else "cpu"
+    return Plan(
+        "tokens/s", *benchmark_sample.columns(options.size, options.batch, options.peer, options.profile, device)
+    )
 
 
 def available_cores() -> int:

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import functools
 import importlib.util
 import io
 import sys
@@ -43,42 +44,51 @@ SIZES = {  # nanoGPT's config/train_shakespeare_char.py; GPT-2
 
 
 def columns(
-    sizes: list[str], batches: list[int], peer: Path | None, profile: bool
+    sizes: list[str], batches: list[int], peer: Path | None, profile: bool, device: str
 ) -> tuple[list[Callable[[], dict[str, float]]], list[tuple[str, str]]]:
     """Measurements, and the ratios of interest: gptlab against each other engine of the same precision."""
-    measurements: list[Callable[[], dict[str, float]]] = [memory_speed]
+    measurements: list[Callable[[], dict[str, float]]] = [memory_speed] if device == "cpu" else []
     ratios = []
     for name in sizes:
         size = SIZES[name]
         torch.manual_seed(1)
         model = GPT(vocab_size=size.vocab_size, block_size=size.block_size, **size.model).eval()
-        engines = make_engines(model, size, peer)
-        profiled = timed_parts(linear.pack(model)) if profile else None
+        theirs = hugging_face(model)
         for batch in batches:
+            engines = make_engines(model, theirs, size, batch, peer, device)
             case = f"{name}, batch {batch}: "
             for column, (engine, tokens, read) in engines.items():
-                engine(batch, 2)  # what is slow once
+                engine(batch, 2)  # the first call is slow
                 measurements.append(speed_of(case + column, engine, batch, tokens, read))
                 ours = f"gptlab {column.split()[-1]}"
                 ratios += [(case + ours, case + column)] if not column.startswith("gptlab") else []
-            if profiled:
-                measurements.append(lambda parts=profiled, batch=batch, case=case, n=size.tokens: parts(batch, n, case))
+            if profile and device == "cpu":
+                measurements.append(
+                    functools.partial(timed_parts(linear.pack(model, rows=batch)), batch, size.tokens, case)
+                )
     return measurements, ratios
 
 
-def make_engines(model: GPT, size: Size, peer: Path | None) -> dict[str, tuple[Engine, int, int]]:
-    """Column -> engine, new tokens per row, bytes of weights that a step must read. All have the same weights; bf16 where
-    the CPU multiplies it in hardware."""
+def make_engines(
+    model: GPT, theirs: nn.Module, size: Size, batch: int, peer: Path | None, device: str
+) -> dict[str, tuple[Engine, int, int]]:
+    """Column -> engine, new tokens per row, bytes of weights that a step must read. All have the same weights; bf16 on
+    GPUs, and where the CPU multiplies it in hardware."""
     numbers = sum(p.numel() for p in model.parameters()) - model.transformer.wpe.weight.numel()
-    theirs = hugging_face(model)
     engines = {}
-    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16))[: 1 + linear.fast_bf16()]:
+    on_gpu = device != "cpu"
+    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16))[: 1 + (on_gpu or linear.fast_bf16())]:
         read = numbers * dtype.itemsize
-        engines[f"gptlab {name}"] = gptlab_engine(linear.pack(model, dtype)), size.tokens, read
-        engines[f"Hugging Face {name}"] = hugging_face_engine(copy.deepcopy(theirs).to(dtype)), size.tokens, read
+        ours = copy.deepcopy(model).to(device, dtype) if on_gpu else linear.pack(model, dtype, batch)
+        engines[f"gptlab {name}"] = gptlab_engine(ours), size.tokens, read
+        engines[f"Hugging Face {name}"] = (
+            hugging_face_engine(copy.deepcopy(theirs).to(device, dtype)),
+            size.tokens,
+            read,
+        )
     if peer:
         column = "nanoGPT fp32" if size.peer_tokens == size.tokens else f"nanoGPT, {size.peer_tokens} tokens, fp32"
-        engines[column] = nanogpt_engine(nanogpt(model, size, peer)), size.peer_tokens, 0
+        engines[column] = nanogpt_engine(nanogpt(model, size, peer).to(device)), size.peer_tokens, 0
     return engines
 
 
@@ -95,8 +105,9 @@ def speed_of(column: str, engine: Engine, batch: int, tokens: int, read: int) ->
 
 def gptlab_engine(model: nn.Module) -> Engine:
     def run(batch: int, tokens: int) -> None:
-        steps = generate(model, [[0]] * batch, tokens, sampler=SAMPLER, seeds=range(batch))
-        assert len([*steps]) == tokens
+        with torch.inference_mode():  # as gptlab.sample
+            steps = generate(model, [[0]] * batch, tokens, sampler=SAMPLER, seeds=range(batch))
+            assert len([*steps]) == tokens
 
     return run
 
@@ -122,7 +133,7 @@ def hugging_face_engine(model: nn.Module) -> Engine:
             do_sample=True, temperature=SAMPLER.temperature, top_k=SAMPLER.top_k, use_cache=True, max_new_tokens=tokens,
             eos_token_id=None, pad_token_id=0,
         )  # fmt: skip
-        idx = torch.zeros(batch, 1, dtype=torch.int64)
+        idx = torch.zeros(batch, 1, dtype=torch.int64, device=model.device)
         out = model.generate(idx, attention_mask=torch.ones_like(idx), generation_config=how)
         assert out.shape == (batch, 1 + tokens)
 
@@ -145,7 +156,7 @@ def nanogpt(model: GPT, size: Size, peer: Path) -> nn.Module:
 
 def nanogpt_engine(model: nn.Module) -> Engine:
     def run(batch: int, tokens: int) -> None:
-        idx = torch.zeros(batch, 1, dtype=torch.int64)
+        idx = torch.zeros(batch, 1, dtype=torch.int64, device=model.lm_head.weight.device)
         out = model.generate(idx, tokens, temperature=SAMPLER.temperature, top_k=SAMPLER.top_k)
         assert out.shape == (batch, 1 + tokens)
 

@@ -28,7 +28,7 @@ def test_the_operators_are_there():
 @pytest.mark.parametrize("bias", [False, True])
 def test_a_packed_layer_is_the_layer(rows, bias):
     layer, x = nn.Linear(256, 512, bias=bias), torch.randn(rows, 1, 256)
-    packed = linear.PackedLinear(layer.weight, layer.bias, torch.float32)
+    packed = linear.PackedLinear(layer.weight, layer.bias, torch.float32, 8)
     torch.testing.assert_close(packed(x), layer(x), atol=1e-5, rtol=1e-5)
 
 
