@@ -11,6 +11,12 @@ from gptlab.generate import Sampler, generate
 from gptlab.model import GPT
 
 
+@pytest.fixture(autouse=True)
+def amd(monkeypatch):
+    """As on a CPU on which packing pays."""
+    monkeypatch.setattr(linear, "is_intel", lambda: False)
+
+
 def gpt(**changes):
     torch.manual_seed(0)
     model = GPT(**{"vocab_size": 300, "block_size": 32, "n_layer": 2, "n_head": 4, "n_embd": 256} | changes).eval()
@@ -71,6 +77,12 @@ def test_without_the_operators_the_model_is_used_as_it_is(monkeypatch):
     model = gpt()
     monkeypatch.setattr(linear, "OPERATORS", ("_no_such_operator",))
     assert not linear.can_pack() and linear.pack(model) is model
+
+
+def test_on_intel_float32_stays_with_mkl(monkeypatch):
+    model = gpt()
+    monkeypatch.setattr(linear, "is_intel", lambda: True)
+    assert linear.pack(model) is model
 
 
 @pytest.mark.parametrize("mode", [FakeTensorMode, lambda: FlopCounterMode(display=False)])
