@@ -1,8 +1,8 @@
 """Linear layers for generating text on CPUs. All private operators of torch that gptlab uses are in this file.
 
 A token needs every weight once: its time is that of memory, and of the calls. oneDNN keeps a weight in the order in which
-its kernel for few rows reads it ("packed"), and in bfloat16 it is half as large. torch's own linear layers call MKL in
-float32, which is as fast on Intel's CPUs, and slower on others.
+its kernel for few rows reads it ("packed"), and in bfloat16 it is half as large. In float32, torch's own linear layers
+call MKL, which is hard to beat on Intel's CPUs alone.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 from gptlab.model import GPT
 
 OPERATORS = ("_reorder_linear_weight", "_linear_pointwise")  # of torch.ops.mkldnn
-LEAST = 256 * 256  # elements: below, a call costs more than it saves
+FEW_ROWS = 8  # that packed weights are best at
 
 
 def can_pack() -> bool:
@@ -40,6 +40,13 @@ def fast_bf16() -> bool:
     return any(getattr(torch.cpu, f"_is_{kind}_supported", bool)() for kind in ("avx512_bf16", "amx_tile"))
 
 
+def pays(weight: Tensor, dtype: torch.dtype, rows: int) -> bool:
+    """Whether packing makes a linear layer faster, as measured (scripts/README.md)."""
+    if dtype == torch.float32 and is_intel():
+        return rows > 1 and weight.numel() >= 1024 * 1024
+    return weight.numel() >= 256 * 256  # below, a call costs more than it saves
+
+
 class PackedLinear(nn.Module):
     """A linear layer whose weight (out, in) is packed for `rows` rows and of type `dtype`; input and output keep theirs.
     Without gradients. Any number of rows works, some are faster."""
@@ -54,25 +61,23 @@ class PackedLinear(nn.Module):
         return y.to(x.dtype)
 
 
-def pack(model: nn.Module, dtype: torch.dtype = torch.float32, rows: int = 8) -> nn.Module:
+def pack(model: nn.Module, dtype: torch.dtype = torch.float32, rows: int = FEW_ROWS) -> nn.Module:
     """A copy of a GPT for generating text, `rows` sequences at a time: its large linear layers are packed, all else is
     shared with the model.
 
-    The model itself where that does not pay (float32 on Intel), or is impossible: a custom model, a GPU, a torch without
-    the operators. The copy can neither be trained nor saved: packed weights are no parameters, and the tied ones have
-    become two.
+    The model itself where that is impossible: a custom model, a GPU, a torch without the operators. The copy can neither
+    be trained nor saved: packed weights are no parameters, and the tied ones have become two.
     """
     weight = next(model.parameters())
-    if type(model) is not GPT or weight.device.type != "cpu" or weight.dtype != torch.float32:
-        return model
-    if not can_pack() or (dtype == torch.float32 and is_intel()):
+    if type(model) is not GPT or weight.device.type != "cpu" or weight.dtype != torch.float32 or not can_pack():
         return model
     copied = copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
+    hint = min(rows, FEW_ROWS) if dtype == torch.float32 else FEW_ROWS
     for module in [*copied.modules()]:
         for name, child in module.named_children():
-            if type(child) is nn.Linear and child.weight.numel() >= LEAST:
+            if type(child) is nn.Linear and pays(child.weight, dtype, rows):
                 outputs = copied.vocab_size if child is copied.lm_head else None  # without the padding
-                setattr(module, name, PackedLinear(child.weight[:outputs], child.bias, dtype, rows))
+                setattr(module, name, PackedLinear(child.weight[:outputs], child.bias, dtype, hint))
     if isinstance(copied.lm_head, PackedLinear):
         copied.padding = None
     return copied

@@ -115,7 +115,7 @@ def prepare_model(model: Any, device: Any, precision: str, rows: int) -> Any:
     fast = linear.fast_bf16()
     if precision == "bf16" and not fast:
         raise UserError("precision=bf16: this CPU does not multiply bfloat16; use precision=32")
-    return linear.pack(model, torch.bfloat16 if fast and precision != "32" else torch.float32, min(rows, 8))
+    return linear.pack(model, torch.bfloat16 if fast and precision != "32" else torch.float32, rows)
 
 
 def read_prompt(prompt: str | None, prompt_file: str | None) -> str:

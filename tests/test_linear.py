@@ -79,10 +79,20 @@ def test_without_the_operators_the_model_is_used_as_it_is(monkeypatch):
     assert not linear.can_pack() and linear.pack(model) is model
 
 
-def test_on_intel_float32_stays_with_mkl(monkeypatch):
-    model = gpt()
-    monkeypatch.setattr(linear, "is_intel", lambda: True)
-    assert linear.pack(model) is model
+@pytest.mark.parametrize(
+    ("intel", "dtype", "rows", "shape", "expected"),
+    [
+        (False, torch.float32, 1, (256, 256), True),
+        (False, torch.float32, 8, (256, 255), False),
+        (True, torch.float32, 1, (4096, 1024), False),
+        (True, torch.float32, 8, (4096, 1024), True),
+        (True, torch.float32, 8, (1536, 384), False),
+        (True, torch.bfloat16, 1, (256, 256), True),
+    ],
+)
+def test_where_packing_pays(monkeypatch, intel, dtype, rows, shape, expected):
+    monkeypatch.setattr(linear, "is_intel", lambda: intel)
+    assert linear.pays(torch.empty(shape), dtype, rows) is expected
 
 
 @pytest.mark.parametrize("mode", [FakeTensorMode, lambda: FlopCounterMode(display=False)])
