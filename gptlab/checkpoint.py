@@ -2,6 +2,7 @@
 and classes that gptlab does not define are built only with `trust`."""
 
 import inspect
+import math
 import pickle
 import zipfile
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 from torch import nn
 
 from gptlab.errors import UserError
+from gptlab.pretrained import shapes_of
 from gptlab.targets import build, foreign_targets, require_trust
 from gptlab.tokenizer import from_state
 
@@ -63,17 +65,20 @@ def check_sizes(config: dict[str, Any], vocab_size: int, weights: dict[str, Any]
     """Raise ValueError if the config of a GPT does not fit its weights, before memory is allocated for what it says."""
     from gptlab.model import GPT
 
+    model = {"bias": False, "vocab_multiple": 1, **config["model"]}
     for name, parameter in inspect.signature(GPT).parameters.items():
         types = (int, float) if parameter.annotation is float else (parameter.annotation,)
-        if name in config["model"] and type(config["model"][name]) not in types:
+        if name in model and type(model[name]) not in types:
             raise ValueError(f"model.{name} must be of type {parameter.annotation.__name__}")
-    if type(config["data"]["block_size"]) is not int or config["model"]["n_layer"] > len(weights):
+    if type(config["data"]["block_size"]) is not int or not 1 <= model["n_layer"] <= len(weights):
         raise ValueError("data.block_size or model.n_layer does not fit the weights")
-    with torch.device("meta"):  # shapes alone
-        expected = build_model(config["model"], vocab_size, config["data"]["block_size"]).state_dict()
-    if {name: tensor.shape for name, tensor in expected.items()} != {name: w.shape for name, w in weights.items()}:
+    if model["vocab_multiple"] < 1:
+        raise ValueError("model.vocab_multiple must be >= 1")
+    padded = vocab_size + -vocab_size % model["vocab_multiple"]
+    shapes = shapes_of(model, padded, config["data"]["block_size"])
+    if {name: tuple(w.shape) for name, w in weights.items()} != shapes:
         raise ValueError("the weights do not have the shapes that the config describes")
-    if sum(tensor.nbytes for tensor in expected.values()) > 2 * file_size:  # tied weights count twice
+    if 4 * sum(map(math.prod, shapes.values())) > 2 * file_size:  # tied weights count twice
         raise ValueError("the weights are larger than the whole file")
 
 

@@ -8,6 +8,7 @@
 All files are untrusted.
 """
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -15,6 +16,7 @@ import math
 import os
 import re
 import urllib.request
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +26,6 @@ from torch import Tensor, nn
 from gptlab import checkpoint, nanogpt, pretrained, tokenizer_json
 from gptlab.data.files import TIMEOUT, load_gpt2_tokenizer
 from gptlab.errors import MissingFileError, UserError
-from gptlab.model import GPT
 from gptlab.run import Run, find_checkpoint
 
 LARGEST_WEIGHT = 1e6  # real ones are below 1e3; a product of larger ones may overflow
@@ -46,24 +47,34 @@ class Source:
     def model(self) -> nn.Module:
         """In eval mode, on the CPU. Raises UserError if its weights are damaged."""
         block_size = self.config["data"]["block_size"]
-        model = checkpoint.build_model(self.config["model"], self.tokenizer.vocab_size, block_size)
+        with self._faults_named():
+            model = checkpoint.build_model(self.config["model"], self.tokenizer.vocab_size, block_size)
         self.copy_to(model)
         return model.eval()
 
     def copy_to(self, model: nn.Module) -> None:
         """Load the weights into a model, which may have a shorter context and a padded vocabulary. Raises UserError."""
-        custom = type(model) is not GPT
-        try:
-            model.load_state_dict(self.weights) if custom else pretrained.copy_weights(self.weights, model)
-        except (RuntimeError, KeyError, TypeError, AttributeError, ValueError) as error:
-            if custom:
-                raise
-            raise UserError(f"{self.name}: {error}") from None
-        limit = math.inf if custom else LARGEST_WEIGHT
+        with self._faults_named():
+            model.load_state_dict(self.weights) if self._is_custom else pretrained.copy_weights(self.weights, model)
+        limit = math.inf if self._is_custom else LARGEST_WEIGHT
         if not all((parameter.abs() < limit).all() for parameter in model.parameters()):
             raise UserError(
                 f"{self.name}: its weights are not finite, or huge: the run diverged; try an earlier checkpoint"
             )
+
+    @property
+    def _is_custom(self) -> bool:
+        return self.config["model"]["_target_"] != checkpoint.GPT_TARGET
+
+    @contextlib.contextmanager
+    def _faults_named(self) -> Iterator[None]:
+        """Exceptions become a UserError about the file, but for those of a custom class."""
+        try:
+            yield
+        except (RuntimeError, KeyError, TypeError, AttributeError, ValueError) as error:
+            if self._is_custom:
+                raise
+            raise UserError(f"{self.name}: {error!s:.500}") from None
 
 
 def choose(ckpt: str | None, init_from: str | None) -> str:

@@ -307,13 +307,17 @@ def modules_after(code: str) -> set[str]:
 
 
 def test_the_pure_files_import_neither_lightning_nor_hydra():
-    loaded = modules_after("import gptlab.model, gptlab.generate, gptlab.optim, gptlab.pretrained, gptlab.linear, gptlab.sources")
+    loaded = modules_after(
+        "import gptlab.model, gptlab.generate, gptlab.optim, gptlab.pretrained, gptlab.linear, gptlab.sources"
+    )
     assert "torch" in loaded
     assert not loaded & {"lightning", "hydra", "omegaconf", "pytorch_lightning"}
 
 
 def test_the_entries_import_nothing_heavy():
-    loaded = modules_after("import gptlab.train, gptlab.sample, gptlab.evaluate, gptlab.cli, gptlab.config, gptlab.inherit")
+    loaded = modules_after(
+        "import gptlab.train, gptlab.sample, gptlab.evaluate, gptlab.cli, gptlab.config, gptlab.inherit"
+    )
     assert not loaded & {"torch", "lightning", "tiktoken"}
 
 

@@ -381,7 +381,8 @@ def test_code_in_a_checkpoint_is_not_run(valid, tmp_path, monkeypatch, evil, way
     path = tmp_path / "evil.ckpt"
     path.write_bytes(evil_file(evil, way, torch.load(valid, weights_only=True), valid.read_bytes()))
     for mmap in (False, True):
-        with pytest.raises(UserError, match=r"evil.ckpt is damaged, or not a checkpoint of gptlab"):
+        reason = "in the format of torch < 1.6" if way == "legacy" else "damaged, or not a checkpoint of gptlab"
+        with pytest.raises(UserError, match=f"evil.ckpt is {reason}"):
             checkpoint.read(path, mmap=mmap)
     assert not Path(MARKER).exists()
     pickle.loads(path.read_bytes()) if way == "pickle" else torch.load(path, weights_only=False)
@@ -404,7 +405,7 @@ def test_a_class_in_a_checkpoint_is_not_run(valid, tmp_path, monkeypatch, place,
         sources.load("evil.ckpt")
     assert not Path(MARKER).exists()
     with pytest.raises((ValueError, AttributeError)):
-        sources.load("evil.ckpt", trust=True)
+        assert sources.load("evil.ckpt", trust=True).model
     assert Path(MARKER).exists() == (target == "evil.Model" or (place, target) == ("tokenizer", "os.system"))
 
 
