@@ -83,6 +83,18 @@ def warm():
     server.wait()
 
 
+def run_warm(warm, output: Path, entry: str, arguments: tuple[str, ...], cwd: Path, environment: dict[str, str]):
+    """`python -m gptlab.<entry> arguments` in a fork of the server; the finished process. `output`: an empty folder."""
+    request = {"module": f"gptlab.{entry}", "arguments": [*map(os.fsdecode, arguments)], "cwd": str(cwd),
+               "environment": environment,
+               "stdout": str(output / "stdout"), "stderr": str(output / "stderr")}  # fmt: skip
+    warm.stdin.write(json.dumps(request) + "\n")
+    warm.stdin.flush()
+    returned = int(warm.stdout.readline())
+    said, errors = ((output / name).read_text("utf-8", errors="replace") for name in ("stdout", "stderr"))
+    return subprocess.CompletedProcess(arguments, returned, said, errors)
+
+
 @pytest.fixture(name="gptlab")
 def _gptlab(warm, tmp_path, tmp_path_factory, monkeypatch):
     """Run `python -m gptlab.<entry> arguments` in an empty folder, as a user would; returns the finished process."""
@@ -92,17 +104,25 @@ def _gptlab(warm, tmp_path, tmp_path_factory, monkeypatch):
     def run(entry: str, *arguments: str, status: int = 0, cwd: Path = tmp_path, **environment: str):
         if "PYTHONPATH" in environment and "PYTHONPATH" in os.environ:  # a copy that is under test stays it
             environment["PYTHONPATH"] += os.pathsep + os.environ["PYTHONPATH"]
-        request = {"module": f"gptlab.{entry}", "arguments": [*map(os.fsdecode, arguments)], "cwd": str(cwd),
-                   "environment": os.environ | environment,
-                   "stdout": str(output / "stdout"), "stderr": str(output / "stderr")}  # fmt: skip
-        warm.stdin.write(json.dumps(request) + "\n")
-        warm.stdin.flush()
-        returned = int(warm.stdout.readline())
-        said, errors = ((output / name).read_text("utf-8", errors="replace") for name in ("stdout", "stderr"))
-        assert returned == status, f"status {returned}\n{said}\n{errors}"
-        return subprocess.CompletedProcess(arguments, returned, said, errors)
+        done = run_warm(warm, output, entry, arguments, cwd, os.environ | environment)
+        assert done.returncode == status, f"status {done.returncode}\n{done.stdout}\n{done.stderr}"
+        return done
 
     return run
+
+
+TEXT = "".join(f"{i} green bottles hanging on the wall, {i * i} of them.\n" for i in range(120))
+
+
+@pytest.fixture(scope="session")
+def bottles(warm, tmp_path_factory) -> Path:
+    """A folder with a run (`run`) on the characters of `my.txt`, with averaged weights; tests change neither."""
+    folder, output = (tmp_path_factory.mktemp(name) for name in ("bottles", "output"))
+    (folder / "my.txt").write_text(TEXT)
+    arguments = (*TINY, "data=text", "data.path=my.txt", "callbacks=[default,ema]", "hydra.run.dir=run")
+    done = run_warm(warm, output, "train", arguments, folder, dict(os.environ))
+    assert done.returncode == 0, done.stderr
+    return folder
 
 
 @pytest.fixture

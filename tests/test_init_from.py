@@ -12,26 +12,24 @@ import pytest
 import torch
 import transformers
 import yaml
-from conftest import TINY, assert_same_end, metrics, weights
+from composed import composed
+from conftest import TEXT, TINY, assert_same_end, metrics, weights
 from huggingface_hub.errors import LocalEntryNotFoundError
 
-from gptlab import sources
+from gptlab import config, inherit, sources
 from gptlab.model import GPT
 from gptlab.tokenizer import CharTokenizer
 from gptlab.tokenizer_json import to_json
 
-TEXT = "".join(f"{i} green bottles hanging on the wall, {i * i} of them.\n" for i in range(120))
 RUN = [argument for argument in TINY if not argument.startswith(("model=", "optim.warmup"))] + ["optim.warmup_steps=0"]
 CHARS = "".join(sorted(set(TEXT)))
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    """my.txt; run: on it, with EMA; hf: a GPT-2 of transformers' with 320 tokens; nano: nanoGPT's ckpt.pt and meta.pkl."""
+def made(bottles, tmp_path_factory):
+    """my.txt; run: on it, with EMA; hf: a GPT-2 of transformers'; nano: nanoGPT's ckpt.pt and meta.pkl."""
     folder = tmp_path_factory.mktemp("made")
-    (folder / "my.txt").write_text(TEXT)
-    command = [sys.executable, "-m", "gptlab.train", *TINY, "data=text", "data.path=my.txt", "hydra.run.dir=run"]
-    subprocess.run([*command, "callbacks=[default,ema]"], cwd=folder, check=True, capture_output=True, timeout=300)
+    shutil.copytree(bottles, folder, dirs_exist_ok=True)
     torch.manual_seed(1)
     settings = {"n_layer": 2, "n_head": 2, "n_embd": 32, "n_positions": 48, "vocab_size": len(CHARS)}
     transformers.GPT2LMHeadModel(transformers.GPT2Config(**settings)).save_pretrained(folder / "hf")
@@ -91,6 +89,7 @@ def test_a_resume_needs_the_source_no_more(gptlab, tmp_path, made):
     assert "cannot change init_from" in gptlab("train", "resume=run", "init_from=gpt2", status=2).stderr
 
 
+@pytest.mark.slow
 def test_a_sweep_over_sources(gptlab, tmp_path, made):
     sources_ = f"init_from={made}/run,{made}/hf"
     run = ["trainer.max_steps=2", "hydra.sweep.dir=sweep", "n_jobs=2", "data.block_size=32"]
@@ -102,18 +101,35 @@ def test_a_sweep_over_sources(gptlab, tmp_path, made):
 
 
 @pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        (
+            {"model.n_layer": 3, "model.bias": False},
+            "model.n_layer, model.bias: decided by init_from=gpt2; leave it out",
+        ),
+        ({"model": "gpt-mini"}, "model: init_from=gpt2 has model.n_layer=12"),
+        ({"data.block_size": 2048}, "data.block_size=2048 must be <= 1024"),
+        ({"init_from": "gpt-2"}, "gpt-2 is not a run folder.*pretrained weights: gpt2, gpt2-medium"),
+        ({"init_from": ""}, "not a run folder"),
+    ],
+)
+def test_contradictions(changes, text):
+    """Of the command line against the weights, before anything is downloaded."""
+    values = {**composed("train")[0], "init_from": "gpt2"}
+    for key, value in changes.items():
+        values = config.with_value(values, key, value) if key != "model" else values
+    with pytest.raises(ValueError, match=text):
+        inherit.train_config(values, changes.keys())
+
+
+@pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        (["init_from=gpt2", "model.n_layer=3", "model.bias=false"], "model.n_layer, model.bias: decided by init_from=gpt2"),
-        (["init_from=gpt2", "model=gpt-mini"], "model: init_from=gpt2 has model.n_layer=12"),
-        (["init_from=gpt2", "data.block_size=2048"], "data.block_size=2048 must be <= 1024"),
-        (["init_from=gpt-2"], "gpt-2 is not a run folder"),
-        (["init_from=latest"], "latest: no runs under"),
+        (["init_from=gpt2", "model.n_layer=3"], "model.n_layer: decided by init_from=gpt2"),
         (["init_from={made}/run", "meta=x"], "meta=x: describes the tokens of nanoGPT's checkpoint"),
         (["init_from={made}/run", "data=addition"], "data=addition has other tokens than"),
         (["init_from={made}/run", "data=text", "data.path={made}/my.txt", "data.tokenizer=bpe", "data.vocab_size=300"], "has other tokens than"),
-        (["data.tokenizer=init_from"], "data.tokenizer=init_from needs init_from"),
-        (["meta=x"], "meta=x: describes the tokens of nanoGPT's checkpoint; it needs init_from"),
+        (["init_from=latest"], "latest: no runs under"),
     ],
 )  # fmt: skip
 def test_refused(gptlab, tmp_path, made, arguments, text):
