@@ -57,6 +57,14 @@ def metrics(run: Path) -> list[dict]:
     return [line for line in lines if "train/tokens_per_s" not in line]
 
 
+def pieces(tokenizer, prompt: list[int], new: list[int]) -> list[str]:
+    """What sampling shows, one after the other, as the new ids arrive."""
+    from gptlab.sample import TextStream
+
+    stream = TextStream(tokenizer, prompt, None)
+    return [piece for piece in [*(stream.add(i) for i in new), stream.finish()] if piece]
+
+
 def assert_same_end(run: Path, whole: Path) -> None:
     """Weights, optimizer, metrics, best and summary bitwise the same, but for times and speed."""
     import torch

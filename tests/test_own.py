@@ -6,13 +6,12 @@ import conftest
 import numpy as np
 import pytest
 import torch
-from conftest import same, weights
+from conftest import pieces, same, weights
 from torch.nn import functional as F
 
 from gptlab.contracts import check_data, check_model, check_tokenizer
 from gptlab.data.windows import WindowData
 from gptlab.errors import UserError
-from gptlab.sample import decode_stream
 from gptlab.tokenizer import CharTokenizer
 
 TINY = [setting for setting in conftest.TINY if setting not in ("model=gpt-nano", "data.val_windows=20")]
@@ -230,9 +229,9 @@ def test_samples_are_decoded_together():
             return bytes(ids).decode("utf-8", errors="replace")
 
     text = "日本é!".encode()
-    assert list(decode_stream(Bytes(), list(text[:3]), iter(text[3:]))) == ["本", "é", "!", ""]
-    assert "".join(decode_stream(Bytes(), [65], iter(text[:2]))) == "\ufffd"
-    assert "a" + "".join(decode_stream(Words(), [0], iter([1, 2]))) == "a b c"
+    assert pieces(Bytes(), list(text[:3]), text[3:]) == ["本", "é", "!"]
+    assert pieces(Bytes(), [65], text[:2]) == ["\ufffd"]
+    assert "a" + "".join(pieces(Words(), [0], [1, 2])) == "a b c"
 
 
 @pytest.mark.parametrize(

@@ -4,13 +4,13 @@ import functools
 
 import numpy as np
 import pytest
+from conftest import pieces
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from gptlab.data import files
 from gptlab.data.files import load_gpt2_tokenizer
 from gptlab.data.text import TextData
-from gptlab.sample import decode_stream
 from gptlab.tokenizer import BPETokenizer
 
 # Its 90 % end within the word "house", which is one token.
@@ -105,7 +105,7 @@ PROPERTY = settings(max_examples=150, deadline=None, derandomize=True, database=
 def test_a_sample_never_shows_half_a_character(subwords, prompt, new):
     """At any time what is shown is a beginning of the text; U+FFFD for a half would not be. In the end it is all there."""
     shown = ""
-    for piece in decode_stream(subwords, subwords.encode(prompt).tolist(), subwords.encode(new).tolist()):
+    for piece in pieces(subwords, subwords.encode(prompt).tolist(), subwords.encode(new).tolist()):
         shown += piece
         assert new.startswith(shown)
     assert shown == new
@@ -118,11 +118,11 @@ def test_a_sample_of_any_ids_is_what_they_decode_to(subwords, data):
     prompt = subwords.encode(data.draw(TEXTS)).tolist()
     byte = st.integers(0, 255).map(lambda i: subwords.tokens.index(bytes([i])))
     new = data.draw(st.lists(byte | st.integers(0, subwords.vocab_size - 1)))
-    assert subwords.decode(prompt) + "".join(decode_stream(subwords, prompt, new)) == subwords.decode(prompt + new)
+    assert subwords.decode(prompt) + "".join(pieces(subwords, prompt, new)) == subwords.decode(prompt + new)
 
 
 def test_characters_are_shown_as_soon_as_they_are_whole():
     """By hand: the smiley's four bytes one by one, and a half at the end, which nothing completes."""
     tokenizer = vocabulary("bytes")
     new = [tokenizer.tokens.index(bytes([byte])) for byte in b"a" + "🙂".encode() + b"b" + "é".encode()[:1]]
-    assert list(decode_stream(tokenizer, [], new)) == ["a", "🙂", "b", "\ufffd"]
+    assert pieces(tokenizer, [], new) == ["a", "🙂", "b", "\ufffd"]

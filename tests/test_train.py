@@ -9,10 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from composed import composed
 from conftest import DROPOUT, TINY, metrics, same, weights, write_token_files
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
+from gptlab import inherit
 from gptlab.config import CONF
 from gptlab.data.files import python_docs
 
@@ -173,7 +175,7 @@ def test_train_returns_the_metric_that_a_sweeper_optimises(gptlab, tmp_path, mon
     "experiment",
     [pytest.param(name, marks=[pytest.mark.slow] if name == "python_stdlib_bpe" else []) for name in EXPERIMENTS],
 )
-def test_every_experiment_takes_two_steps(gptlab, tmp_path, experiment):
+def test_every_experiment_takes_two_steps(gptlab, tmp_path, experiment, bottles):
     small = ["trainer.max_steps=2", "optim.warmup_steps=0", "data.val_windows=5", "hydra.run.dir=run"]
     if experiment.startswith("shakespeare"):
         (tmp_path / "text.txt").write_text(python_docs()[:20_000])
@@ -183,6 +185,8 @@ def test_every_experiment_takes_two_steps(gptlab, tmp_path, experiment):
     if experiment == "gpt2_124m":
         write_token_files(tmp_path / "data/openwebtext")
         small += ["model.n_layer=1", "model.n_embd=24", "data.block_size=16", "data.batch_size=4"]
+    if experiment == "finetune_shakespeare":  # GPT-2 would be a download
+        small += [f"init_from={bottles}/run", f"data.path={bottles}/my.txt", "data.sha256=null", "data.block_size=16"]
     gptlab("train", f"experiment={experiment}", *small)
     assert json.loads((tmp_path / "run/summary.json").read_text())["steps"] == 2
 
@@ -197,6 +201,20 @@ def test_shakespeare_char_is_nanogpts_recipe(gptlab, hardware):
     assert m["bias"] is False and t["accelerator"] == hardware and o["decay_steps"] == t["max_steps"]
     assert (o["lr"], o["min_lr"], o["schedule"], o["warmup_steps"]) == (1e-3, 1e-4, "cosine", "auto")
     assert (o["betas"], o["weight_decay"], o["grad_clip"]) == ([0.9, 0.99], 0.1, 1.0)
+
+
+@pytest.mark.parametrize("hardware", ["cpu", "gpu"])
+def test_finetune_shakespeare_is_nanogpts_recipe(hardware):
+    """config/finetune_shakespeare.py with the defaults of train.py; on a CPU a smaller model and batch. The sizes are those of
+    the weights, known without a download."""
+    values, _ = composed("train", "experiment=finetune_shakespeare", f"hardware={hardware}")
+    cfg = inherit.train_config(values, ["experiment", "hardware"])
+    d, o, t = cfg["data"], cfg["optim"], cfg["trainer"]
+    assert (cfg["init_from"], cfg["model"]["n_layer"]) == {"cpu": ("gpt2", 12), "gpu": ("gpt2-xl", 48)}[hardware]
+    assert (d["block_size"], d["batch_size"]) == {"cpu": (256, 8), "gpu": (1024, 32)}[hardware]
+    assert (d["micro_batch_size"], d["tokenizer"], t["max_steps"], t["val_every"]) == (1, "init_from", 20, 5)
+    assert (o["lr"], o["schedule"], o["warmup_steps"]) == (3e-5, "constant", 0)
+    assert (o["betas"], o["weight_decay"], o["grad_clip"]) == ([0.9, 0.95], 0.1, 1.0)
 
 
 def test_a_chosen_model_wins_over_the_recipe(gptlab):
