@@ -34,12 +34,11 @@ class Size:
     block_size: int
     model: dict[str, Any]
     tokens: int  # new ones per row
-    peer_tokens: int  # the same for nanoGPT, which computes all positions for each
 
 
 SIZES = {  # nanoGPT's config/train_shakespeare_char.py; GPT-2
-    "baby": Size(65, 256, {"n_layer": 6, "n_head": 6, "n_embd": 384}, 250, 250),
-    "124M": Size(50257, 1024, GPT2["gpt2"], 100, 20),
+    "baby": Size(65, 256, {"n_layer": 6, "n_head": 6, "n_embd": 384}, 250),
+    "124M": Size(50257, 1024, GPT2["gpt2"], 100),
 }
 
 
@@ -57,11 +56,12 @@ def columns(
         for batch in batches:
             engines = make_engines(model, theirs, size, batch, peer, device)
             case = f"{name}, batch {batch}: "
-            for column, (engine, tokens, read) in engines.items():
-                engine(batch, 2)  # the first call is slow
-                measurements.append(speed_of(case + column, engine, batch, tokens, read))
-                ours = f"gptlab {column.split()[-1]}"
-                ratios += [(case + ours, case + column)] if not column.startswith("gptlab") else []
+            for column, (engine, read) in engines.items():
+                engine(batch, 2 if device == "cpu" else size.tokens)  # the first call is slow; on a GPU, of each kernel
+                measurements.append(speed_of(case + column, engine, batch, size.tokens, read))
+                if not column.startswith("gptlab"):
+                    ours = [name for name in engines if name.startswith("gptlab")]
+                    ratios += [(case + name, case + column) for name in ours]
             if profile and device == "cpu":
                 measurements.append(
                     functools.partial(timed_parts(linear.pack(model, rows=batch)), batch, size.tokens, case)
@@ -71,24 +71,19 @@ def columns(
 
 def make_engines(
     model: GPT, theirs: nn.Module, size: Size, batch: int, peer: Path | None, device: str
-) -> dict[str, tuple[Engine, int, int]]:
-    """Column -> engine, new tokens per row, bytes of weights that a step must read. All have the same weights; bf16 on
-    GPUs, and where the CPU multiplies it in hardware."""
+) -> dict[str, tuple[Engine, int]]:
+    """Column -> engine, bytes of weights that a step must read. All have the same weights; bf16 on GPUs, and where the CPU
+    multiplies it in hardware."""
     numbers = sum(p.numel() for p in model.parameters()) - model.transformer.wpe.weight.numel()
     engines = {}
     on_gpu = device != "cpu"
     for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16))[: 1 + (on_gpu or linear.fast_bf16())]:
         read = numbers * dtype.itemsize
         ours = copy.deepcopy(model).to(device, dtype) if on_gpu else linear.pack(model, dtype, batch)
-        engines[f"gptlab {name}"] = gptlab_engine(ours), size.tokens, read
-        engines[f"Hugging Face {name}"] = (
-            hugging_face_engine(copy.deepcopy(theirs).to(device, dtype)),
-            size.tokens,
-            read,
-        )
+        engines[f"gptlab {name}"] = gptlab_engine(ours), read
+        engines[f"Hugging Face {name}"] = hugging_face_engine(copy.deepcopy(theirs).to(device, dtype)), read
     if peer:
-        column = "nanoGPT fp32" if size.peer_tokens == size.tokens else f"nanoGPT, {size.peer_tokens} tokens, fp32"
-        engines[column] = nanogpt_engine(nanogpt(model, size, peer).to(device)), size.peer_tokens, 0
+        engines["nanoGPT fp32"] = nanogpt_engine(nanogpt(model, size, peer).to(device)), 4 * numbers
     return engines
 
 
@@ -97,8 +92,7 @@ def speed_of(column: str, engine: Engine, batch: int, tokens: int, read: int) ->
         began = time.perf_counter()
         engine(batch, tokens)
         seconds = time.perf_counter() - began
-        bandwidth = {f"{column}, GB/s of weights": read * tokens / seconds / 1e9} if read else {}
-        return {column: batch * tokens / seconds} | bandwidth
+        return {column: batch * tokens / seconds, f"{column}, GB/s of weights": read * tokens / seconds / 1e9}
 
     return measure
 

@@ -89,7 +89,7 @@ def test_parts_run(tmp_path, part, column):
     assert column in done.stdout
 
 
-TINY = benchmark_sample.Size(20, 16, {"n_layer": 1, "n_head": 2, "n_embd": 16, "bias": True}, tokens=12, peer_tokens=5)
+TINY = benchmark_sample.Size(20, 16, {"n_layer": 1, "n_head": 2, "n_embd": 16, "bias": True}, tokens=12)
 
 
 def test_sampling_is_measured_on_every_side(monkeypatch, capsys):
@@ -100,7 +100,7 @@ def test_sampling_is_measured_on_every_side(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [*command, "--peer", peer] if peer else command)
     benchmark.main()
     table = capsys.readouterr().out.split("round 2 of 2")[1]
-    sides = ["gptlab fp32", "Hugging Face fp32", "gptlab fp32, % attention"] + ["nanoGPT, 5 tokens, fp32"] * bool(peer)
+    sides = ["gptlab fp32", "Hugging Face fp32", "gptlab fp32, % attention"] + ["nanoGPT fp32"] * bool(peer)
     for batch, side in itertools.product((1, 2), sides):
         assert float(re.search(rf"baby, batch {batch}: {side} +([\d,.]+)", table)[1].replace(",", "")) > 0
     shares = re.findall(r"batch 2: gptlab fp32, % [\w ]+? +([\d.]+)", table)
