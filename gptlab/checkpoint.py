@@ -4,6 +4,7 @@ and classes that gptlab does not define are built only with `trust`."""
 import inspect
 import math
 import pickle
+import shlex
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,14 @@ class DamagedError(UserError):
     def __init__(self, path: Path, error: Exception) -> None:
         unpickling = isinstance(error, pickle.UnpicklingError)  # torch's text would advise to trust the file
         reason = "not just plain values and tensors" if unpickling else str(error).split("\n")[0]
-        super().__init__(f"{path} is damaged, or not a checkpoint of gptlab ({type(error).__name__}: {reason[:500]})")
+        kind = (
+            "not a file of torch.save"
+            if isinstance(error, zipfile.BadZipFile)
+            else f"{type(error).__name__}: {reason[:500]}"
+        )
+        super().__init__(
+            f"{path} is damaged, or not a checkpoint of gptlab ({kind}); give a run folder or a .ckpt file"
+        )
 
 
 def portable_config(config: dict[str, Any]) -> dict[str, Any]:
@@ -108,10 +116,9 @@ def read_file(path: Path, *, mmap: bool = False) -> Any:
     try:
         with open(path, "rb") as file:
             if file.read(len(LEGACY)) == LEGACY:
-                again = f"torch.save(torch.load('{path.name}', weights_only=True), 'new.pt')"
-                raise UserError(
-                    f'{path} is in the format of torch < 1.6; save it again: python -c "import torch; {again}"'
-                )
+                code = f"import torch; torch.save(torch.load({str(path)!r}, weights_only=True), {str(path) + '.new'!r})"
+                command = shlex.join(["python", "-c", code])
+                raise UserError(f"{path} is in the format of torch < 1.6; save it again: {command}")
         check_bytes(path, whole=not mmap)
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except UserError:

@@ -16,6 +16,7 @@ import signal
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -265,8 +266,8 @@ def _prepare_override(override: str, groups: set[str], multirun: bool) -> str:
     key = key.removeprefix("+")
     if key == "resume" and value not in ("", "null"):
         value = str(Run.find(value).folder)  # latest, ~, relative paths
-    if key == "init_from" and value == "latest":  # here: in a sweep, its own jobs would be the newest runs
-        value = str(Run.find(value).folder)
+    if key == "init_from" and "latest" in value.split(","):  # here: in a sweep, its own jobs would be the newest runs
+        value = ",".join(str(Run.find(name).folder) if name == "latest" else name for name in value.split(","))
     return f"++{key}={quote(value) if key in TEXT_KEYS and not multirun else value}"
 
 
@@ -341,9 +342,21 @@ def _stop_before_training(signum: int, _: Any) -> None:
 class Gatekeeper(Callback):
     """Before Hydra makes any folder: the config is checked, and a run claims its folder."""
 
+    @staticmethod
+    @contextlib.contextmanager
+    def _stopping() -> Iterator[None]:
+        """Of a bug Hydra would make a warning, and go on."""
+        try:
+            yield
+        except Exception as error:
+            if error_text(error) is None:
+                traceback.print_exc()
+                sys.exit(1)
+            raise
+
     def on_run_start(self, config: Any, **_: Any) -> None:
         global _claimed, _config
-        with errors_as_text():  # an exception would become a warning of Hydra's
+        with errors_as_text(), self._stopping():
             _config = load_config(config, config.hydra.job.config_name, config.hydra.overrides.task)
             if config.hydra.job.config_name == "train" and is_first_process():
                 _claimed = Run(config.hydra.run.dir)
@@ -379,6 +392,8 @@ def resume_config(values: dict[str, Any], overrides: list[str]) -> dict[str, Any
     """
     run = Run(values["resume"])
     keys = [key for key in keys_of(overrides) if key not in ("resume", "trust")]
+    if "init_from" in keys:
+        raise UserError("init_from and resume exclude each other: a resumed run continues from its own checkpoint")
     keys = ["trainer.accelerator" if key == "hardware" else key for key in keys]
     resume.check_changes(keys)
     saved = {**run.read_config(), "resume": values["resume"], "trust": values["trust"]}

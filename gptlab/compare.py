@@ -126,7 +126,7 @@ def varied_keys(jobs: list[results.Job]) -> list[str]:
     return [
         key
         for key in keys
-        if key.startswith(resume.OF_A_STEP) and key not in IGNORED and not key.startswith(SHOWN_ONLY)
+        if key.startswith((*resume.OF_A_STEP, "init_from")) and key not in IGNORED and not key.startswith(SHOWN_ONLY)
         and not (key.endswith("._target_") and key != "model._target_")
         and len({str(config.get(key)) for config in configs}) > 1
     ]  # fmt: skip

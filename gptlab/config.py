@@ -246,11 +246,11 @@ class Experiment(Node):
     logger: dict[str, Any] | None = None
     init_from: Str | None = None  # runs of an older gptlab have none
     meta: Str | None = None
+    trust: bool
 
 
 class Train(Experiment):
     resume: Str | None
-    trust: bool
 
 
 class Sizing(Experiment):
@@ -415,7 +415,7 @@ WORDING = {"Input should be": "must be", "a valid integer": "an integer", "a val
 # nanoGPT's and other habits.
 ALIASES = {"learning_rate": "optim.lr", "eval_interval": "trainer.val_every", "log_interval": "trainer.log_every",
            "warmup_iters": "optim.warmup_steps", "lr_decay_iters": "optim.decay_steps", "max_iters": "trainer.max_steps",
-           "epochs": "trainer.max_steps", "device": "hardware", "wandb_log": "logger=wandb", "out_dir": "name"}  # fmt: skip
+           "epochs": "trainer.max_steps", "device": "hardware", "start": "prompt", "ckpt": "init_from or resume", "wandb_log": "logger=wandb", "out_dir": "name"}  # fmt: skip
 
 
 def did_you_mean(given: str, known: list[str]) -> str:

@@ -1,10 +1,11 @@
 """python -m gptlab.evaluate: what a validation measures, over a whole split, of any weights and data."""
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
 
-from gptlab import cli, config
+from gptlab import cli, config, inherit
 from gptlab.errors import UserError
 from gptlab.run import write_json
 
@@ -14,22 +15,34 @@ UNITS = {"loss": "nats per token", "accuracy": "of the problems answered exactly
 def evaluate(cfg: config.Evaluate) -> None:
     """Print a table, and write it to `out`. With the precision, windows and threads of its run, a checkpoint gets the very
     numbers of its validation."""
+    import torch
+
     from gptlab import sources, train
+    from gptlab.data.files import available_cores
     from gptlab.sample import choose_device
 
+    check_writable(cfg.out)
+    name = inherit.choose(cfg.ckpt, cfg.init_from)
     device = choose_device(cfg.device)
-    source = sources.load(sources.choose(cfg.ckpt, cfg.init_from), meta=cfg.meta, trust=cfg.trust)
-    run = source.config
-    data = train.make_data(cfg.data, run.get("seed", 0), source.tokenizer)
+    source = sources.load(name, meta=cfg.meta, trust=cfg.trust)
+    settings = source.config.get("trainer")
+    settings = settings if isinstance(settings, dict) else {}  # the file may hold anything
+    data = train.make_data(cfg.data, 0, source.tokenizer)
     train.check_same_tokenizer(data, source)
     if cfg.split == "train":
         if not hasattr(data, "train_ids"):
             raise UserError(f"split=train: data={data.name} has no end; only split=val can be measured")
         data.val_ids, data.val_windows = data.train_ids, None
-    precision = cfg.precision or run.get("trainer", {}).get("precision", "32")
-    if precision not in config.PRECISIONS or (precision == "fp16" and device.type == "cpu"):
-        raise UserError(f"precision={precision} needs a GPU; on a CPU use 32 or bf16")
-    measured = measure(source.model, data, run, device, precision)
+    precision = cfg.precision or next((p for p in config.PRECISIONS if p == settings.get("precision")), "32")
+    if precision == "fp16" and device.type == "cpu":
+        raise UserError("precision=fp16 needs a GPU; on a CPU use precision=32 or bf16")
+    threads = settings.get("threads")
+    if device.type == "cpu" and isinstance(threads, int) and 1 <= threads <= 4 * available_cores():
+        torch.set_num_threads(threads)  # the last bits depend on it
+    model = source.model
+    if source.config["model"].get("compile") is True:
+        model.compile()
+    measured = measure(model, data, device, precision)
     result = {
         "weights": source.name, "data": data.record, "split": cfg.split, "block_size": data.block_size,
         "precision": precision, "device": str(device), **measured,
@@ -39,7 +52,21 @@ def evaluate(cfg: config.Evaluate) -> None:
         write_json(Path(cfg.out).expanduser(), result)
 
 
-def measure(model: Any, data: Any, run: dict[str, Any], device: Any, precision: str) -> dict[str, float]:
+def check_writable(out: str | None) -> None:
+    """Make the folder of the file `out`. Raises UserError: before the work, not after it."""
+    if out is not None:
+        path = Path(os.path.abspath(os.path.expanduser(out)))
+        if os.path.lexists(path):
+            raise UserError(f"out={out} exists; give a new file, such as out=figures.json")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"out={out}: cannot be written ({error.strerror}); give a file in a writable folder"
+            ) from None
+
+
+def measure(model: Any, data: Any, device: Any, precision: str) -> dict[str, float]:
     """Loss and the rest over the validation of `data`, in the way that training measures it."""
     import lightning as L
     import torch
@@ -49,13 +76,8 @@ def measure(model: Any, data: Any, run: dict[str, Any], device: Any, precision: 
     from gptlab.train import quiet_lightning
 
     quiet_lightning()
-    threads = run.get("trainer", {}).get("threads")
-    if isinstance(threads, int) and device.type == "cpu":
-        torch.set_num_threads(threads)  # the last bits depend on it
     if device.type != "cpu":
         torch.set_float32_matmul_precision("high")  # as in training
-    if run.get("model", {}).get("compile"):
-        model.compile()
     module = GPTModule(
         model,
         optim_config={"grad_clip": 0.0, "skip_nonfinite": 0},

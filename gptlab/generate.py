@@ -10,6 +10,7 @@ of different lengths need neither padding nor masks.
 
 import contextlib
 import math
+import operator
 import sys
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
@@ -37,7 +38,7 @@ class Sampler:
     def __post_init__(self) -> None:
         for name, allowed, is_valid in (
             ("temperature", ">= 0 and finite", 0 <= self.temperature < math.inf),
-            ("top_k", ">= 1", self.top_k is None or self.top_k >= 1),
+            ("top_k", "an integer >= 1", self.top_k is None or (isinstance(self.top_k, int) and self.top_k >= 1)),
             ("top_p", "> 0 and <= 1", self.top_p is None or 0 < self.top_p <= 1),
             ("min_p", ">= 0 and <= 1", self.min_p is None or 0 <= self.min_p <= 1),
         ):
@@ -50,7 +51,8 @@ class Sampler:
         if self.temperature == 0:
             return logits.argmax(dim=-1, keepdim=True)
         logits = logits.float()
-        logits = (logits - logits.amax(dim=-1, keepdim=True)) / self.temperature  # at most 0: no overflow
+        temperature = max(self.temperature, torch.finfo(torch.float32).tiny)
+        logits = (logits - logits.amax(dim=-1, keepdim=True)) / temperature  # at most 0: no overflow
         if self.top_k is not None and self.top_k < logits.shape[-1]:
             logits = _drop_below(logits, logits.topk(self.top_k, dim=-1).values[:, -1:])
         if self.top_p is not None and self.top_p < 1:
@@ -97,18 +99,22 @@ def generate(
         UserError: an empty prompt, ids outside the vocabulary, another argument that is not allowed, or logits that are
             not finite.
     """
-    rows = [[int(i) for i in prompt][-model.block_size :] for prompt in prompts]
+    try:
+        rows = [[operator.index(i) for i in prompt][-model.block_size :] for prompt in prompts]
+        max_new_tokens = operator.index(max_new_tokens)
+        seeds = range(len(rows)) if seeds is None else [operator.index(seed) for seed in seeds]
+    except TypeError as error:
+        raise UserError(f"prompts are sequences of ids, seeds and max_new_tokens integers: {error}") from None
     if not rows or not all(rows):
         raise UserError("there must be at least one prompt, and each must have at least one id")
     if not all(0 <= i < model.vocab_size for row in rows for i in row):
         raise UserError(
             f"the prompt has ids outside the vocabulary 0..{model.vocab_size - 1}"
         )  # the model does not check
-    seeds = range(len(rows)) if seeds is None else seeds
     if len(seeds) != len(rows):
         raise UserError(f"seeds: {len(seeds)} for {len(rows)} prompts; give one per prompt")
-    if max_new_tokens < 0:
-        raise UserError(f"max_new_tokens={max_new_tokens}: must be >= 0")
+    if max_new_tokens < 0 or not all(0 <= seed < 2**63 for seed in seeds):
+        raise UserError(f"max_new_tokens={max_new_tokens}: must be >= 0, and seeds from 0 to 2**63 - 1")
     if context not in ("full", "half"):
         raise UserError(f"context={context}: must be full or half")
     return _generate(model, rows, max_new_tokens, sampler, seeds, frozenset(stop), context)
@@ -134,7 +140,7 @@ def _generate(
     # On the CPU whatever the device, and as many as there are new tokens: a seed means the same everywhere.
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     uniform = torch.ones(len(rows), 1, dtype=torch.float64)
-    positions = _Positions(model, context)
+    positions = _Positions(model, context, max(lengths) + max_new_tokens)
     running = [max_new_tokens > 0] * len(rows)
     for T in range(min(lengths), max(lengths) + max_new_tokens):
         if not any(running):
@@ -160,8 +166,8 @@ def _generate(
 class _Positions:
     """Which positions the model computes: all that it sees, or with a cache those that are new."""
 
-    def __init__(self, model: nn.Module, context: str) -> None:
-        self.model, self.context, self.cache = model, context, None
+    def __init__(self, model: nn.Module, context: str, length: int) -> None:
+        self.model, self.context, self.length, self.cache = model, context, length, None
         self.has_cache = hasattr(model, "new_cache")
         self.start = 0  # of what the model sees, in the whole sequence
 
@@ -175,7 +181,7 @@ class _Positions:
             return self.model(ids[:, self.start :])[:, -1]
         if self.cache is not None:
             return self.model(ids[:, -1:], self.cache)[:, -1]
-        self.cache = self.model.new_cache(B)
+        self.cache = self.model.new_cache(B, self.length)
         return self.model(ids[:, self.start :], self.cache)[:, -1]
 
 

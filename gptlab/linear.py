@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from gptlab.model import GPT
@@ -55,8 +56,11 @@ class PackedLinear(nn.Module):
         super().__init__()
         self.dtype, self.weight = dtype, torch.ops.mkldnn._reorder_linear_weight(weight.detach().to(dtype), rows)
         self.bias = None if bias is None else bias.detach().to(dtype)
+        self._plain = (weight, bias)  # a tuple: no parameters of this module
 
     def forward(self, x: Tensor) -> Tensor:
+        if torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None:
+            return F.linear(x, *self._plain)
         y = torch.ops.mkldnn._linear_pointwise(x.to(self.dtype), self.weight, self.bias, "none", [], "")
         return y.to(x.dtype)
 

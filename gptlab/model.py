@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 
 class KVCache:
-    """Keys and values of the positions so far, per layer (B, H, block_size, C // H): all that a next token needs of the
+    """Keys and values of the positions so far, per layer (B, H, length, C // H): all that a next token needs of the
     ones before it. The first call fills in a prompt, each later one adds a position."""
 
     def __init__(self, n_layer: int, shape: tuple[int, int, int, int]) -> None:
@@ -135,10 +135,11 @@ class GPT(nn.Module):
             elif name.endswith("bias"):
                 parameter.zero_()
 
-    def new_cache(self, B: int) -> KVCache:
-        """For `forward`, with B sequences at a time."""
+    def new_cache(self, B: int, length: int | None = None) -> KVCache:
+        """For `forward`, with B sequences of up to `length` tokens; by default of block_size, which is the most."""
         n_head = self.transformer.h[0].attn.n_head
-        shape = (B, n_head, self.block_size, self.transformer.wte.embedding_dim // n_head)
+        length = min(length or self.block_size, self.block_size)
+        shape = (B, n_head, length, self.transformer.wte.embedding_dim // n_head)
         return KVCache(len(self.transformer.h), shape)
 
     def forward(self, idx: Tensor, cache: KVCache | None = None) -> Tensor:
@@ -154,7 +155,7 @@ class GPT(nn.Module):
         x = self.transformer.wte(idx)  # (B, T, C)
         x = self.transformer.drop(x + self.transformer.wpe.weight[start : start + T])
         for layer, block in enumerate(self.transformer.h):
-            if self.activation_checkpointing and self.training:
+            if self.activation_checkpointing and self.training and cache is None:
                 x = checkpoint(block, x, use_reentrant=False)
             else:
                 x = block(x, cache, layer)

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from gptlab import cli, config
+from gptlab import cli, config, inherit
 from gptlab.errors import MissingFileError, UserError
 from gptlab.terminal import printable
 
@@ -14,7 +14,7 @@ BATCH = 32  # samples generated together, at most
 
 def sample(cfg: config.Sample) -> None:
     """Write `num_samples` continuations of the prompt to standard output, the first of them as it is drawn."""
-    prompt = read_prompt(cfg.prompt, cfg.prompt_file)
+    prompt, name = read_prompt(cfg.prompt, cfg.prompt_file), inherit.choose(cfg.ckpt, cfg.init_from)
 
     import torch
 
@@ -23,7 +23,7 @@ def sample(cfg: config.Sample) -> None:
     from gptlab.generate import Sampler, generate
 
     device = choose_device(cfg.device)
-    source = sources.load(sources.choose(cfg.ckpt, cfg.init_from), meta=cfg.meta, trust=cfg.trust)
+    source = sources.load(name, meta=cfg.meta, trust=cfg.trust)
     model, tokenizer = prepare_model(source.model, device, cfg.precision, cfg.num_samples), source.tokenizer
     prompt = prompt or tokenizer.start
     notation = notation_of(source.config["data"])

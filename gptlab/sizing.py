@@ -75,7 +75,7 @@ def read_sizes(cfg: config.Sizing) -> tuple[int, int, int, int | None]:
     from gptlab.train import make_data
 
     try:
-        tokenizer = sources.load(cfg.init_from, meta=cfg.meta).tokenizer if inherited else None
+        tokenizer = sources.load(cfg.init_from, meta=cfg.meta, trust=cfg.trust).tokenizer if inherited else None
         loaded = make_data(cfg.data, cfg.seed, tokenizer)
     except UserError as error:
         raise UserError(f"{error}\nor give the size of the vocabulary: vocab_size=50257") from None

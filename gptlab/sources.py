@@ -9,6 +9,7 @@ All files are untrusted.
 """
 
 import contextlib
+import difflib
 import functools
 import hashlib
 import json
@@ -72,20 +73,10 @@ class Source:
         try:
             yield
         except (RuntimeError, KeyError, TypeError, AttributeError, ValueError) as error:
-            if self._is_custom:
+            if self._is_custom and "state_dict" not in str(error):
                 raise
-            raise UserError(f"{self.name}: {error!s:.500}") from None
-
-
-def choose(ckpt: str | None, init_from: str | None) -> str:
-    """The one of them that is given; raises UserError unless exactly one is."""
-    if (ckpt is None) == (init_from is None):
-        fault = "is missing" if ckpt is None else "and init_from exclude each other"
-        raise UserError(
-            f"ckpt {fault}; give a run folder, a checkpoint file, or latest: ckpt=outputs/NAME/DATE; or pretrained "
-            f"weights: init_from={'|'.join(pretrained.GPT2)}|FOLDER"
-        )
-    return ckpt or init_from
+            fix = f"; a custom model cannot be cropped: use data.block_size={self.config['data']['block_size']}"
+            raise UserError(f"{self.name}: {error!s:.500}{fix * self._is_custom}") from None
 
 
 def load(name: str, *, meta: str | None = None, trust: bool = False) -> Source:
@@ -98,8 +89,8 @@ def load(name: str, *, meta: str | None = None, trust: bool = False) -> Source:
     Raises:
         UserError: not there, damaged, or not what gptlab can express.
     """
-    if meta and (name in pretrained.GPT2 or _hf_folder(name)):
-        raise UserError(f"meta={meta}: describes the tokens of nanoGPT's checkpoint, and {name} is none")
+    if meta:
+        architecture(name, meta)
     if name in pretrained.GPT2:
         return _load_folder(name, download(name))
     if (folder := _hf_folder(name)) is not None:
@@ -108,14 +99,17 @@ def load(name: str, *, meta: str | None = None, trust: bool = False) -> Source:
     content = checkpoint.read_file(path)
     if nanogpt.is_nanogpt(content):
         return _load_nanogpt(path, content, meta)
-    if meta:
-        raise UserError(f"meta={meta}: describes the tokens of nanoGPT's checkpoint, and {path} is none")
     return Source(str(path), *checkpoint.unpack(path, checkpoint.checked(path, content), trust=trust))
 
 
-def architecture(name: str) -> tuple[dict[str, Any], int]:
+def architecture(name: str, meta: str | None = None) -> tuple[dict[str, Any], int]:
     """The node `model` that the weights decide, and their block_size, from as little of the files as possible. Raises
-    UserError."""
+    UserError, also for a `meta` that they do not need."""
+    if meta and not _is_nanogpt(name):
+        raise UserError(
+            f"meta={meta}: describes the tokens of nanoGPT's checkpoint, and {name} is none; leave meta out (a meta.pkl "
+            "beside ckpt.pt needs no key)"
+        )
     if name in pretrained.GPT2:
         return {"_target_": checkpoint.GPT_TARGET, **pretrained.GPT2[name]}, pretrained.GPT2_BLOCK_SIZE
     if (folder := _hf_folder(name)) is not None:
@@ -130,6 +124,11 @@ def architecture(name: str) -> tuple[dict[str, Any], int]:
     return {key: value for key, value in config["model"].items() if key not in OWN}, config["data"].get("block_size")
 
 
+def _is_nanogpt(name: str) -> bool:
+    is_other = name in pretrained.GPT2 or _hf_folder(name) is not None
+    return not is_other and nanogpt.is_nanogpt(checkpoint.read_file(find_file(name), mmap=True))
+
+
 def run_config(name: str) -> dict[str, Any] | None:
     """The config of the run that a checkpoint of gptlab's is from, with the paths that only a run folder knows; None for
     other weights. Raises UserError."""
@@ -139,8 +138,14 @@ def run_config(name: str) -> dict[str, Any] | None:
     content = checkpoint.read_file(path, mmap=True)
     if nanogpt.is_nanogpt(content):
         return None
-    run = Run(path.parent.parent)
-    return run.read_config() if (run.folder / "config.yaml").is_file() else checkpoint.checked(path, content)["config"]
+    run, config = Run(path.parent.parent), checkpoint.checked(path, content)["config"]
+    if path.parent.name == "checkpoints" and (run.folder / "config.yaml").is_file():
+        config = run.read_config()
+        if not isinstance(config.get("data"), dict):
+            raise UserError(
+                f"{run.folder / 'config.yaml'} is damaged: data must be a mapping; restore it, or move it away"
+            )
+    return config
 
 
 def locate(name: str) -> str:
@@ -154,14 +159,26 @@ def _hf_folder(name: str) -> Path | None:
 
 
 def find_file(name: str) -> Path:
+    """The checkpoint `name`; raises MissingFileError, which says what else might be meant."""
+    path = Path(os.path.expanduser(name))
+    if path.name in ("model.safetensors", "config.json", "tokenizer.json") and os.path.isfile(path):
+        raise UserError(f"{name} is one file of a model in Hugging Face's format; give its folder: {path.parent}")
     try:
         return find_checkpoint(name)
     except MissingFileError as error:
-        if os.path.exists(os.path.expanduser(name)) or name == "latest":
+        if os.path.isfile(path / "ckpt.pt"):
+            raise MissingFileError(
+                f"{name} is not a run folder; for nanoGPT's checkpoint give {path / 'ckpt.pt'}"
+            ) from None
+        if name == "latest" or os.path.isfile(path / "config.yaml"):
             raise
-        raise MissingFileError(
-            f"{error}; pretrained weights: {', '.join(pretrained.GPT2)}, or a folder with config.json"
-        ) from None
+        near = difflib.get_close_matches(path.name, pretrained.GPT2, 1)
+        known = (
+            f"did you mean {near[0]}?"
+            if near
+            else f"pretrained: {', '.join(pretrained.GPT2)}, or a folder with config.json"
+        )
+        raise MissingFileError(f"{error}; {known}") from None
 
 
 def _readable(path: Path, read: Any) -> Any:
@@ -169,7 +186,7 @@ def _readable(path: Path, read: Any) -> Any:
     try:
         return read()
     except ValueError as error:
-        raise UserError(f"{path}: {error}") from None
+        raise UserError(str(error) if str(path) in str(error) else f"{path}: {error}") from None
 
 
 def _load_nanogpt(path: Path, content: dict[str, Any], meta: str | None) -> Source:
@@ -222,19 +239,32 @@ def _load_folder(name: str, folder: Path) -> Source:
 
 
 def _folder_tokenizer(name: str, folder: Path, vocab_size: int) -> Any:
-    """That of tokenizer.json if gptlab can express it, else GPT-2's if the vocabulary has its size."""
-    file = folder / "tokenizer.json"
-    has_gpt2_size = vocab_size == pretrained.GPT2_VOCAB_SIZE
-    try:
-        if name in pretrained.GPT2 or (has_gpt2_size and not os.path.isfile(file)):
-            return load_gpt2_tokenizer(NO_GPT2)
-        return tokenizer_json.from_json(_read_json(file))
-    except MissingFileError:
-        raise
-    except UserError as error:
-        if has_gpt2_size:
-            return load_gpt2_tokenizer(NO_GPT2)
-        raise UserError(f"{file}: {error}") from None
+    """That of tokenizer.json if gptlab can express it; GPT-2's if the folder's vocabulary is GPT-2's, or it has none and
+    there are 50,257 tokens. Raises UserError."""
+    file, older = folder / "tokenizer.json", folder / "vocab.json"
+    if name in pretrained.GPT2:
+        return load_gpt2_tokenizer(NO_GPT2)
+    given = None
+    if os.path.isfile(file):
+        value = _read_json(file)
+        try:
+            return tokenizer_json.from_json(value)
+        except UserError as error:
+            unknown = UserError(f"{file}: {error}")
+            given = (value["model"].get("vocab") if isinstance(value.get("model"), dict) else None) or {}
+    elif os.path.isfile(older):
+        unknown = UserError(
+            f"{older} alone is read if it is GPT-2's; save a tokenizer.json with transformers' AutoTokenizer"
+        )
+        given = _read_json(older)
+    elif vocab_size != pretrained.GPT2_VOCAB_SIZE:
+        raise MissingFileError(f"{file}: No such file; it says what the {vocab_size:,} tokens are")
+    if given is not None and vocab_size != pretrained.GPT2_VOCAB_SIZE:
+        raise unknown
+    tokenizer = load_gpt2_tokenizer(NO_GPT2)
+    if given is not None and given != tokenizer_json.to_json(tokenizer)["model"]["vocab"]:
+        raise unknown
+    return tokenizer
 
 
 def _source(name: str, weights: pretrained.Pretrained, tokenizer: Any) -> Source:
@@ -263,16 +293,17 @@ def download(name: str) -> Path:
         MissingFileError: they are in neither.
         UserError: a file in the cache is damaged.
     """
-    from huggingface_hub import hf_hub_download, hf_hub_url
+    from huggingface_hub import constants, hf_hub_download, hf_hub_url
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     repository, files = f"openai-community/{name}", ("config.json", "model.safetensors")
     try:
         try:
-            paths = [Path(hf_hub_download(repository, file, local_files_only=True)) for file in files]
+            cached = [hf_hub_download(repository, file, local_files_only=True) for file in files]
+            return Path(cached[0]).parent
         except LocalEntryNotFoundError:
-            # Offline, this fails at once; the library would try again for a minute.
-            urllib.request.urlopen(hf_hub_url(repository, files[0]), timeout=TIMEOUT).close()
+            if not constants.HF_HUB_OFFLINE:  # without a network this fails at once; the library would try for a minute
+                urllib.request.urlopen(hf_hub_url(repository, files[0]), timeout=TIMEOUT).close()
             paths = [Path(hf_hub_download(repository, file)) for file in files]
     except Exception as error:  # of the library's many kinds, all mean that there are no such files
         reason = str(error).strip().partition("\n")[0][:200]
@@ -282,11 +313,11 @@ def download(name: str) -> Path:
         ) from None
     for path in paths:
         expected = path.resolve().name  # in the cache, large files are named by their SHA-256
-        if re.fullmatch("[0-9a-f]{64}", expected):
-            sha256 = hashlib.sha256()
-            with open(path, "rb") as content:
-                while chunk := content.read(1 << 20):
-                    sha256.update(chunk)
-            if sha256.hexdigest() != expected:
-                raise UserError(f"{path} is damaged; remove {path.resolve()}, and it is downloaded again")
+        sha256 = hashlib.sha256()
+        with open(path, "rb") as content:
+            while chunk := content.read(1 << 20):
+                sha256.update(chunk)
+        if re.fullmatch("[0-9a-f]{64}", expected) and sha256.hexdigest() != expected:
+            path.resolve().unlink()
+            raise UserError(f"{name}: the download of {path.name} was damaged; run the command again")
     return paths[0].parent

@@ -113,7 +113,7 @@ class Sweep(config.Node):
                 return True
             if key.startswith("hydra"):
                 return key not in HARMLESS or not re.fullmatch(r"[\w/.-]*", value) or ".." in value
-            is_option = "." not in key  # or a plain key at the top
+            is_option = "." not in key and key not in ("init_from", "meta")  # or a plain key at the top
             return key in ("resume", "trust") or "@" in key or (is_option and bool(re.search(r"\.\.|(^|\W)/", value)))
 
         texts = [*self.overrides, *self.changes, *(text for job in self.jobs for text in job.overrides)]

@@ -128,8 +128,20 @@ def open_source(cfg: config.Train, state: dict[str, Any]) -> Any:
         return None
     from gptlab import sources
 
-    source = sources.load(cfg.init_from, meta=cfg.meta, trust=cfg.trust)
+    try:
+        source = sources.load(cfg.init_from, meta=cfg.meta, trust=cfg.trust)
+    except UserError as error:
+        if cfg.resume:
+            raise UserError(
+                f"{error}\nnothing was saved yet, so that the run starts from these weights again; put them back, or start a new run"
+            ) from None
+        raise
     cli.notes.append(f"weights: those of {source.name}")
+    kept, whole = cfg.data.get("block_size"), source.config["data"].get("block_size")
+    if kept and kept != whole:
+        cli.notes.append(
+            f"data.block_size={kept}: the weights have {whole} positions, of which the first {kept} are kept; data.block_size={whole} keeps all"
+        )
     return source
 
 

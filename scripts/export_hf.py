@@ -7,7 +7,7 @@ import signal
 from pathlib import Path
 from typing import Any
 
-from gptlab import cli, config
+from gptlab import cli, config, inherit
 from gptlab.errors import UserError
 
 
@@ -16,13 +16,13 @@ def export_hf(cfg: config.Export) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)  # removes the unfinished folder
     if cfg.out is None:
         raise UserError("out is missing; name a new folder, such as out=my_gpt")
-    out = Path(os.path.expanduser(cfg.out))
+    out = Path(os.path.abspath(os.path.expanduser(cfg.out)))
     if os.path.lexists(out) and not (out.is_dir() and not any(out.iterdir())):
         raise UserError(f"out={out} exists; give a new folder")
 
+    name = inherit.choose(cfg.ckpt, cfg.init_from)
     from gptlab import sources
 
-    name = sources.choose(cfg.ckpt, cfg.init_from)
     source = sources.load(name, meta=cfg.meta, trust=cfg.trust)
     write_folder(out, *folder_content(source.model, source.tokenizer))
     parameters = sum(parameter.numel() for parameter in source.model.parameters())

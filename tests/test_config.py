@@ -196,7 +196,7 @@ OTHERS = {
         "val_share": ([1e-9, 0.999], [0, 1, -0.1, 1.5, INF, NAN, None]), "split_seed": SIZE, "processes": OPTIONAL_COUNT,
     },
     "sizing": {
-        **{key: RANGES[key] for key in RANGES if key.startswith(("name", "seed", "tags", "init_from", "meta", "model.", "optim.", "trainer.", "callbacks."))},
+        **{key: RANGES[key] for key in RANGES if key.startswith(("name", "seed", "tags", "init_from", "meta", "trust", "model.", "optim.", "trainer.", "callbacks."))},
         **{key: RANGES[key] for key in ("data.name", "data.block_size", "data.batch_size", "data.micro_batch_size", "data.val_windows", "data.workers")},
         "vocab_size": OPTIONAL_COUNT, "tokens": ([None, 1, 300e9], [0, -1, 1.5, INF, True, "1", 2**63]),
         "flops_per_s": ([None, 1, 312e12], [0, -1, INF, NAN, True, "1"]), "mfu": ([1e-9, 1], [0, -0.1, 1.1, NAN, None, True]),

@@ -13,6 +13,7 @@ from gptlab.data.windows import Ids, ValBatches
 
 
 def figures(gptlab, tmp_path, *arguments, **settings):
+    (tmp_path / "figures.json").unlink(missing_ok=True)
     done = gptlab("evaluate", *arguments, "out=figures.json", **settings)
     return json.loads((tmp_path / "figures.json").read_text()), done.stdout
 
@@ -80,6 +81,8 @@ def test_another_text_in_the_tokens_of_the_run(gptlab, tmp_path, run):
         (["data=text", "data.path=odd.txt", "data.tokenizer=char"], "has other tokens than"),
         (["data.block_size=65"], "data.block_size=65 must be <= 64"),
         (["precision=fp16"], "precision=fp16 needs a GPU"),
+        (["out=."], "out=. exists; give a new file"),
+        (["out=/proc/nowhere/x.json"], "cannot be written"),
         (["data.pth=x"], "unknown key data.pth; did you mean data.path?"),
     ],
 )
@@ -108,3 +111,15 @@ def test_a_run_folder_from_elsewhere_downloads_nothing(gptlab, tmp_path, run):
     text = (tmp_path / "theirs/config.yaml").read_text().replace("url: null", "url: http://localhost:1/evil")
     (tmp_path / "theirs/config.yaml").write_text(text)
     assert "add trust=true" in gptlab("evaluate", "ckpt=theirs", status=2).stderr
+    for damage in ("data: null", "data: [1]", "name: x"):
+        (tmp_path / "theirs/config.yaml").write_text(damage)
+        error = gptlab("evaluate", "ckpt=theirs", status=2).stderr
+        assert "data must be a mapping" in error and "Traceback" not in error
+
+
+@pytest.mark.parametrize("trainer", [None, {"precision": [1], "threads": -1}, {"precision": "x", "threads": 10**6}])
+def test_a_checkpoint_may_say_anything_about_its_training(gptlab, tmp_path, run, trainer):
+    content = torch.load(run / "checkpoints/best.ckpt", weights_only=True)
+    content["config"]["trainer"] = trainer
+    torch.save(content, tmp_path / "odd.ckpt")
+    gptlab("evaluate", "ckpt=odd.ckpt", f"data.path={run.parent}/my.txt")

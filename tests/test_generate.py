@@ -77,6 +77,14 @@ def test_cached_logits_are_those_of_the_whole_sequence(padding):
         model(ids[:, :1], cache)
 
 
+def test_a_cache_while_training_with_checkpointing():
+    """Recomputing a block would write into the cache twice."""
+    model, ids = gpt(activation_checkpointing=True).train(), torch.randint(20, (2, 6))
+    cache = model.new_cache(2, 6)
+    steps = [model(ids[:, :5], cache), model(ids[:, 5:], cache)]
+    torch.testing.assert_close(torch.cat(steps, dim=1), model(ids)[:, 4:], atol=1e-5, rtol=1e-5)
+
+
 def test_a_cache_grows_by_one_token():
     """Attention would let the first of several new tokens see too little."""
     model = gpt()
@@ -173,8 +181,10 @@ def test_ties_with_the_last_token_kept_are_kept():
         assert {*sampler(logits, uniform).flatten().tolist()} == {0, 1, 2}
 
 
-def test_tiny_temperature_is_greedy_without_overflow():
-    assert Sampler(1e-38)(torch.tensor([[1.0, 1.5, -torch.inf]]), torch.tensor([[0.9]])).item() == 1
+@pytest.mark.parametrize("temperature", [1e-38, 1e-46, 5e-324])
+def test_tiny_temperature_is_greedy_without_overflow(temperature):
+    """In float32 the two smaller ones are 0."""
+    assert Sampler(temperature)(torch.tensor([[1.0, 1.5, -torch.inf]]), torch.tensor([[0.9]])).item() == 1
 
 
 def test_padding_is_never_drawn():
@@ -201,6 +211,12 @@ def test_weights_that_are_not_finite_are_refused():
         ([[1, -1]], {}, "vocabulary 0..9"),
         ([[1]], {"seeds": [1, 2]}, "seeds: 2 for 1 prompts"),
         ([[1]], {"max_new_tokens": -1}, "max_new_tokens=-1: must be >= 0"),
+        ([["1"]], {}, "prompts are sequences of ids"),
+        (["abc"], {}, "prompts are sequences of ids"),
+        ([[1.5]], {}, "prompts are sequences of ids"),
+        ([[1]], {"seeds": [0.5]}, "integers"),
+        ([[1]], {"seeds": [2**63]}, "seeds from 0 to"),
+        ([[1]], {"max_new_tokens": 2.5}, "integers"),
         ([[1]], {"context": "quarter"}, "context=quarter: must be full or half"),
     ],
 )
@@ -214,7 +230,8 @@ def test_bad_arguments_are_refused_at_once(prompts, settings, text):
     [
         ({"temperature": -1.0}, "temperature=-1.0: must be >= 0 and finite"),
         ({"temperature": float("nan")}, "temperature=nan"),
-        ({"top_k": 0}, "top_k=0: must be >= 1"),
+        ({"top_k": 0}, "top_k=0: must be an integer >= 1"),
+        ({"top_k": 2.5}, "top_k=2.5: must be an integer"),
         ({"top_p": 0.0}, "top_p=0.0: must be > 0 and <= 1"),
         ({"top_p": 1.1}, "top_p=1.1"),
         ({"min_p": -0.1}, "min_p=-0.1: must be >= 0 and <= 1"),

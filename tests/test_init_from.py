@@ -3,6 +3,7 @@
 import hashlib
 import json
 import pickle
+import shlex
 import shutil
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from conftest import TEXT, TINY, assert_same_end, metrics, weights
 from huggingface_hub.errors import LocalEntryNotFoundError
 
 from gptlab import config, inherit, sources
+from gptlab.data.files import load_gpt2_tokenizer
 from gptlab.model import GPT
 from gptlab.tokenizer import CharTokenizer
 from gptlab.tokenizer_json import to_json
@@ -86,7 +88,7 @@ def test_a_resume_needs_the_source_no_more(gptlab, tmp_path, made):
     shutil.rmtree(tmp_path / "source")
     gptlab("train", "resume=run", "trainer.max_steps=4")
     assert_same_end(tmp_path / "run", tmp_path / "whole")
-    assert "cannot change init_from" in gptlab("train", "resume=run", "init_from=gpt2", status=2).stderr
+    assert "init_from and resume exclude each other" in gptlab("train", "resume=run", "init_from=gpt2", status=2).stderr
 
 
 @pytest.mark.slow
@@ -94,6 +96,8 @@ def test_a_sweep_over_sources(gptlab, tmp_path, made):
     sources_ = f"init_from={made}/run,{made}/hf"
     run = ["trainer.max_steps=2", "hydra.sweep.dir=sweep", "n_jobs=2", "data.block_size=32"]
     gptlab("train", "-m", *RUN, sources_, "data=text", f"data.path={made}/my.txt", *run)
+    assert "init_from" in gptlab("compare", "sweep").stdout
+    assert "trust" not in gptlab("train", "resume=sweep").stdout  # a path of weights is not code
     layers = [yaml.safe_load((tmp_path / f"sweep/{i}/config.yaml").read_text())["model"]["n_layer"] for i in (0, 1)]
     assert layers == [3, 2]
     error = gptlab("train", "-m", *RUN, sources_, "model.n_layer=2,3", status=2).stderr
@@ -105,12 +109,13 @@ def test_a_sweep_over_sources(gptlab, tmp_path, made):
     [
         (
             {"model.n_layer": 3, "model.bias": False},
-            "model.n_layer, model.bias: decided by init_from=gpt2; leave it out",
+            "model.n_layer, model.bias: decided by init_from=gpt2; leave out",
         ),
         ({"model": "gpt-mini"}, "model: init_from=gpt2 has model.n_layer=12"),
         ({"data.block_size": 2048}, "data.block_size=2048 must be <= 1024"),
-        ({"init_from": "gpt-2"}, "gpt-2 is not a run folder.*pretrained weights: gpt2, gpt2-medium"),
-        ({"init_from": ""}, "not a run folder"),
+        ({"init_from": "gpt-2"}, "gpt-2 is not a run folder.*did you mean gpt2"),
+        ({"init_from": "openai-community/gpt2"}, "did you mean gpt2?"),
+        ({"init_from": ""}, "init_from= is empty"),
     ],
 )
 def test_contradictions(changes, text):
@@ -126,7 +131,7 @@ def test_contradictions(changes, text):
     ("arguments", "text"),
     [
         (["init_from=gpt2", "model.n_layer=3"], "model.n_layer: decided by init_from=gpt2"),
-        (["init_from={made}/run", "meta=x"], "meta=x: describes the tokens of nanoGPT's checkpoint"),
+        (["init_from={made}/run", "meta=x"], "x: describes the tokens of nanoGPT's checkpoint"),
         (["init_from={made}/run", "data=addition"], "data=addition has other tokens than"),
         (["init_from={made}/run", "data=text", "data.path={made}/my.txt", "data.tokenizer=bpe", "data.vocab_size=300"], "has other tokens than"),
         (["init_from=latest"], "latest: no runs under"),
@@ -135,6 +140,56 @@ def test_contradictions(changes, text):
 def test_refused(gptlab, tmp_path, made, arguments, text):
     error = gptlab("train", *RUN, *(argument.format(made=made) for argument in arguments), status=2).stderr
     assert text in error and "Traceback" not in error and not [*tmp_path.glob("outputs/*/*")]
+
+
+def test_custom_code_needs_trust(gptlab, tmp_path, made):
+    """In every program, before anything is imported."""
+    (tmp_path / "evil.py").write_text("open('executed', 'w')")
+    content = torch.load(made / "run/checkpoints/best.ckpt", weights_only=True)
+    content["config"]["model"]["_target_"] = "evil.Model"
+    torch.save(content, tmp_path / "evil.ckpt")
+    for entry in ("train", "sizing", "sample", "evaluate"):
+        data = [] if entry == "sample" else ["data=text", f"data.path={made}/my.txt"]
+        assert "add trust=true" in gptlab(entry, "init_from=evil.ckpt", *data, status=2).stderr
+        assert not (tmp_path / "executed").exists()
+
+
+def test_the_way_back_if_nothing_was_saved(gptlab, tmp_path, made):
+    """Paths do not depend on the working directory; a source that is gone is named."""
+    shutil.copytree(made / "nano", tmp_path / "nano")
+    (tmp_path / "nano/meta.pkl").rename(tmp_path / "my.pkl")
+    start = [
+        *RUN,
+        "init_from=nano/ckpt.pt",
+        "meta=my.pkl",
+        "data=text",
+        f"data.path={made}/my.txt",
+        "hydra.run.dir=run",
+    ]
+    gptlab("train", *start)
+    for file in ("checkpoints", ".saved", "summary.json", "metrics.jsonl"):
+        shutil.rmtree(path) if (path := tmp_path / "run" / file).is_dir() else path.unlink(missing_ok=True)
+    (tmp_path / "elsewhere").mkdir()
+    gptlab("train", "resume=../run", cwd=tmp_path / "elsewhere")
+    for file in ("checkpoints", ".saved", "summary.json", "metrics.jsonl"):
+        shutil.rmtree(path) if (path := tmp_path / "run" / file).is_dir() else path.unlink(missing_ok=True)
+    shutil.rmtree(tmp_path / "nano")
+    assert "nothing was saved yet" in gptlab("train", "resume=run", status=2).stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("hf/model.safetensors", "one file of a model in Hugging Face's format; give its folder"),
+        ("hf/config.json", "give its folder"),
+        ("nano", "for nanoGPT's checkpoint give .*ckpt.pt"),
+        ("my.txt", "damaged, or not a checkpoint"),
+        ("nowhere", "not a run folder.*pretrained: gpt2"),
+    ],
+)
+def test_what_was_meant(made, name, text):
+    with pytest.raises(ValueError, match=text):
+        sources.load(str(made / name))
 
 
 def test_the_same_tokenizer_may_be_named(gptlab, tmp_path, made):
@@ -170,14 +225,15 @@ def test_nanogpts_padded_gpt2(tmp_path, gpt2_files):
 
 
 def test_an_old_format_is_refused_with_the_way_out(made, tmp_path):
-    content = torch.load(made / "nano/ckpt.pt", weights_only=True)
-    torch.save(content, tmp_path / "ckpt.pt", _use_new_zipfile_serialization=False)
+    """The command works from any folder, whatever the file's name."""
+    path = tmp_path / """it's "$(mine).pt"""
+    torch.save(torch.load(made / "nano/ckpt.pt", weights_only=True), path, _use_new_zipfile_serialization=False)
     shutil.copy(made / "nano/meta.pkl", tmp_path)
     with pytest.raises(ValueError, match="save it again: ") as caught:
-        sources.load(str(tmp_path / "ckpt.pt"))
-    code = str(caught.value).partition('python -c "')[2].removesuffix('"')
-    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, timeout=120)
-    assert sources.load(str(tmp_path / "new.pt")).model.block_size == 64
+        sources.load(str(path))
+    command = shlex.split(str(caught.value).partition("save it again: ")[2])
+    subprocess.run([sys.executable, *command[1:]], check=True, timeout=120)
+    assert sources.load(f"{path}.new").model.block_size == 64
 
 
 @pytest.mark.parametrize("kind", ["sharded", "base"])
@@ -218,25 +274,34 @@ def test_damaged_folders(made, tmp_path, damage, text):
 
 
 def test_a_folder_with_gpt2s_vocabulary_has_gpt2s_tokens(tmp_path, gpt2_files):
-    """Also where its tokenizer.json is of no kind that gptlab knows."""
+    """Without a file that says so, and with one that has more than gptlab can express. Other tokens are not taken for them:
+    all losses and texts would be wrong, without an error."""
     config = transformers.GPT2Config(n_layer=1, n_head=1, n_embd=8)
     transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path / "hf")
-    for content in (None, '{"model": {"type": "Unigram"}}'):
-        if content:
-            (tmp_path / "hf/tokenizer.json").write_text(content)
-        assert sources.load(str(tmp_path / "hf")).tokenizer.encode("Once upon").tolist() == [7454, 2402]
+    assert sources.load(str(tmp_path / "hf")).tokenizer.encode("Once upon").tolist() == [7454, 2402]
+    content = to_json(load_gpt2_tokenizer("")) | {"normalizer": {"type": "NFC"}}
+    (tmp_path / "hf/tokenizer.json").write_text(json.dumps(content))
+    assert sources.load(str(tmp_path / "hf")).tokenizer.encode("Once upon").tolist() == [7454, 2402]
+    vocab = content["model"]["vocab"]
+    vocab["Once"], vocab["upon"] = vocab["upon"], vocab["Once"]
+    for text in (json.dumps(content), '{"model": {"type": "Unigram"}}', '{"model": 1}', "{garbage"):
+        (tmp_path / "hf/tokenizer.json").write_text(text)
+        with pytest.raises(ValueError, match=r"tokenizer\.json"):
+            sources.load(str(tmp_path / "hf"))
+    (tmp_path / "hf/tokenizer.json").unlink()
+    (tmp_path / "hf/vocab.json").write_text(json.dumps(vocab))
+    with pytest.raises(ValueError, match=r"vocab\.json"):
+        sources.load(str(tmp_path / "hf"))
 
 
 class Hub:
     """Hugging Face's cache and downloads: files in it by their SHA-256, as the library keeps them."""
 
     def __init__(self, folder, files, online):
-        self.folder, self.files, self.online, self.asked = folder, files, online, []
-        self.cached = {}
+        self.folder, self.files, self.online = folder, files, online
         self.blobs = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
 
     def download(self, repository, file, local_files_only=False):
-        self.asked.append((repository, file, local_files_only))
         path = self.folder / "snapshot" / file
         if local_files_only and not path.exists():
             raise LocalEntryNotFoundError("not here")
@@ -249,7 +314,7 @@ class Hub:
 
 
 def test_the_hub(made, tmp_path, monkeypatch, gpt2_files):
-    """Downloaded once; then its cache serves, also offline; a damaged file in the cache is found by its checksum."""
+    """Downloaded once; then its cache serves, also offline. A damaged download is found by its checksum."""
     config = transformers.GPT2Config(n_layer=1, n_head=1, n_embd=8)
     transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path / "hf")
     files = {name: (tmp_path / "hf" / name).read_bytes() for name in ("config.json", "model.safetensors")}
@@ -272,9 +337,10 @@ def test_the_hub(made, tmp_path, monkeypatch, gpt2_files):
     second = sources.load("gpt2")
     assert first.tokenizer.vocab_size == 50257 and len(first.model.transformer.h) == 1
     assert all(torch.equal(a, b) for a, b in zip(first.weights.values(), second.weights.values(), strict=True))
-    blob = tmp_path / "blobs" / hub.blobs["model.safetensors"]
-    blob.write_bytes(blob.read_bytes()[:-1] + b"x")
-    with pytest.raises(ValueError, match="is damaged; remove"):
+    shutil.rmtree(tmp_path / "snapshot")
+    shutil.rmtree(tmp_path / "blobs")
+    hub.online, hub.files["model.safetensors"] = True, b"x" + files["model.safetensors"]
+    with pytest.raises(ValueError, match="the download of model"):
         sources.load("gpt2")
 
 

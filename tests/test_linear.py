@@ -102,6 +102,18 @@ def test_modes_that_look_at_operators_see_plain_ones(mode):
         assert linear.pack(model) is model
 
 
+def test_a_packed_model_counts_and_compiles_as_the_plain_one():
+    model, ids = gpt(vocab_multiple=1), torch.randint(300, (2, 8))
+    packed, counts = linear.pack(model), []
+    for counted in (model, packed):
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            counted(ids)
+        counts.append(counter.get_total_flops())
+    assert counts[0] == counts[1] > 0
+    with torch.no_grad():
+        torch.testing.assert_close(torch.compile(packed, backend="aot_eager")(ids), model(ids), atol=1e-5, rtol=1e-5)
+
+
 def test_what_cannot_be_packed_is_used_as_it_is():
     class Custom(nn.Module):
         def __init__(self):

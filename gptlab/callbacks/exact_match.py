@@ -1,6 +1,7 @@
 """Accuracy on held-out problems."""
 
 import logging
+import math
 from typing import Any
 
 import lightning as L
@@ -48,6 +49,8 @@ class ExactMatch(L.Callback):
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not (self._mistakes and trainer.is_global_zero) or in_a_hurry(trainer):
+            return
+        if not math.isfinite(pl_module.validated["val/loss"]):  # nothing can be generated
             return
         data = trainer.datamodule
         log.info("    some wrong answers:")

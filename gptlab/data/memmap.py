@@ -65,7 +65,9 @@ def read_meta(folder: Path, kind: str | None) -> tuple[Any, dict[str, tuple[int,
     file = folder / "meta.json"
     if not file.exists():
         if kind is None:
-            raise UserError(f"data.path={folder} has no meta.json; for files of nanoGPT's add data.tokenizer=gpt2")
+            raise UserError(
+                f"data.path={folder} has no meta.json; for GPT-2's ids, as nanoGPT writes them, add data.tokenizer=gpt2; for characters use their text: data=text data.path=FILE"
+            )
         return load_gpt2_tokenizer("train on another data set"), {}
     try:
         meta = json.loads(file.read_bytes())

@@ -110,7 +110,7 @@ def check_characters(chars: str, known: str, fault: str) -> None:
     """Raises UserError for characters that a vocabulary lacks."""
     if unknown := sorted({*chars} - {*known}):
         some = ", ".join(f"{char!r} (U+{ord(char):04X})" for char in unknown[:5])
-        raise UserError(f"{fault}: {len(unknown)} characters, such as {some}")
+        raise UserError(f"{fault}: {len(unknown)} characters, such as {some}; remove them from the text")
 
 
 def scan_text(text: Iterable[str]) -> tuple[str, int]:
