@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import pickle
 import runpy
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from test_pretrained import gpt, logits
 from test_tokenizer import learned
 from torch import nn
 
-from gptlab import tokenizer_json
+from gptlab import sources, tokenizer_json
 from gptlab.config import Export
 from gptlab.errors import UserError
 from gptlab.model import GPT
@@ -210,6 +211,28 @@ def test_a_checkpoint_becomes_a_folder(script, checkpoint, transformers, tmp_pat
 
 
 @pytest.mark.slow
+def test_the_circle(script, transformers, tmp_path):
+    """nanoGPT -> gptlab -> Hugging Face -> gptlab: the same logits and tokens at every station."""
+    chars = "".join(sorted(set(TEXT)))
+    sizes = {"n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 16, "bias": False, "vocab_size": len(chars)}
+    model = gpt(**sizes)
+    torch.save({"model": model.state_dict(), "model_args": sizes}, tmp_path / "ckpt.pt")
+    meta = {"vocab_size": len(chars), "itos": dict(enumerate(chars)), "stoi": {c: i for i, c in enumerate(chars)}}
+    (tmp_path / "meta.pkl").write_bytes(pickle.dumps(meta))
+    first = sources.load(str(tmp_path / "ckpt.pt"))
+    script["write_folder"](tmp_path / "out", *script["folder_content"](first.model, first.tokenizer))
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    theirs.save_pretrained(tmp_path / "back")
+    tokenizer.save_pretrained(tmp_path / "back")
+    last = sources.load(str(tmp_path / "back"))
+    ids = torch.tensor([first.tokenizer.encode(TEXT).tolist()])[:, :16]
+    assert tokenizer(TEXT)["input_ids"] == last.tokenizer.encode(TEXT).tolist() == first.tokenizer.encode(TEXT).tolist()
+    with torch.no_grad():
+        for logits in (first.model(ids), theirs(ids).logits, last.model(ids)):
+            torch.testing.assert_close(logits, model(ids), atol=1e-5, rtol=1e-5)
+
+
 def test_the_command(checkpoint, tmp_path):
     for arguments, status in ((["out=new"], 0), (["out=new"], 2), (["outt=new"], 2), (["--help"], 0)):
         command = [sys.executable, str(SCRIPT), f"ckpt={checkpoint}", *arguments]
