@@ -60,6 +60,8 @@ def unpack(
         named = [(name, weight) for name, weight in checkpoint["state_dict"].items() if name.startswith("model.")]
         weights = {name.removeprefix("model."): weight for name, weight in named}
         tokenizer = build_tokenizer(state)
+        if "_target_" not in config["model"] or "block_size" not in config["data"]:
+            raise ValueError("it does not say which model it is, or its block_size")
         if config["model"].get("_target_") == GPT_TARGET:
             check_sizes(config, tokenizer.vocab_size, weights, path.stat().st_size)
     except (RuntimeError, KeyError, TypeError, AttributeError, ValueError) as error:

@@ -121,7 +121,10 @@ def architecture(name: str, meta: str | None = None) -> tuple[dict[str, Any], in
         weights = _readable(path, lambda: nanogpt.from_checkpoint(content))
         return {"_target_": checkpoint.GPT_TARGET, **weights.model}, weights.block_size
     config = checkpoint.checked(path, content)["config"]
-    return {key: value for key, value in config["model"].items() if key not in OWN}, config["data"].get("block_size")
+    model = {key: value for key, value in config["model"].items() if key not in OWN}
+    if "_target_" not in model or not all(isinstance(key, str) for key in model):
+        raise checkpoint.DamagedError(path, ValueError("it does not say which model it is"))
+    return model, config["data"].get("block_size")
 
 
 def _is_nanogpt(name: str) -> bool:

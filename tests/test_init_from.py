@@ -154,6 +154,17 @@ def test_custom_code_needs_trust(gptlab, tmp_path, made):
         assert not (tmp_path / "executed").exists()
 
 
+@pytest.mark.parametrize("key", ["_target_", 1])
+def test_a_checkpoint_that_does_not_say_its_model(tmp_path, made, key):
+    content = torch.load(made / "run/checkpoints/best.ckpt", weights_only=True)
+    content["config"]["model"] = {"n_layer": 3} if key == "_target_" else {**content["config"]["model"], key: 2}
+    torch.save(content, tmp_path / "odd.ckpt")
+    with pytest.raises(ValueError, match=r"odd\.ckpt"):
+        sources.architecture(str(tmp_path / "odd.ckpt"))
+    with pytest.raises(ValueError, match=r"odd\.ckpt"):
+        assert sources.load(str(tmp_path / "odd.ckpt")).model
+
+
 def test_the_way_back_if_nothing_was_saved(gptlab, tmp_path, made):
     """Paths do not depend on the working directory; a source that is gone is named."""
     shutil.copytree(made / "nano", tmp_path / "nano")
