@@ -345,7 +345,7 @@ class Gatekeeper(Callback):
     @staticmethod
     @contextlib.contextmanager
     def _stopping() -> Iterator[None]:
-        """Of a bug Hydra would make a warning, and go on."""
+        """End the process on a bug: Hydra would make a warning of it, and start the task."""
         try:
             yield
         except Exception as error:

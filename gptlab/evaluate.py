@@ -27,7 +27,8 @@ def evaluate(cfg: config.Evaluate) -> None:
     source = sources.load(name, meta=cfg.meta, trust=cfg.trust)
     settings = source.config.get("trainer")
     settings = settings if isinstance(settings, dict) else {}  # the file may hold anything
-    data = train.make_data(cfg.data, 0, source.tokenizer)
+    seed = source.config.get("seed")  # by which a custom data set may split
+    data = train.make_data(cfg.data, seed if isinstance(seed, int) else 0, source.tokenizer)
     train.check_same_tokenizer(data, source)
     if cfg.split == "train":
         if not hasattr(data, "train_ids"):

@@ -107,10 +107,8 @@ def generate(
         raise UserError(f"prompts are sequences of ids, seeds and max_new_tokens integers: {error}") from None
     if not rows or not all(rows):
         raise UserError("there must be at least one prompt, and each must have at least one id")
-    if not all(0 <= i < model.vocab_size for row in rows for i in row):
-        raise UserError(
-            f"the prompt has ids outside the vocabulary 0..{model.vocab_size - 1}"
-        )  # the model does not check
+    if not all(0 <= i < model.vocab_size for row in rows for i in row):  # the model does not check it
+        raise UserError(f"the prompt has ids outside the vocabulary 0..{model.vocab_size - 1}")
     if len(seeds) != len(rows):
         raise UserError(f"seeds: {len(seeds)} for {len(rows)} prompts; give one per prompt")
     if max_new_tokens < 0 or not all(0 <= seed < 2**63 for seed in seeds):
@@ -137,7 +135,7 @@ def _generate(
     for row, prompt in zip(given, rows, strict=True):
         row[: len(prompt)] = torch.tensor(prompt)
     given = given.to(device)
-    # On the CPU whatever the device, and as many as there are new tokens: a seed means the same everywhere.
+    # On the CPU, one number per new token: a seed means the same on every device.
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     uniform = torch.ones(len(rows), 1, dtype=torch.float64)
     positions = _Positions(model, context, max(lengths) + max_new_tokens)

@@ -89,30 +89,25 @@ def load(name: str, *, meta: str | None = None, trust: bool = False) -> Source:
     Raises:
         UserError: not there, damaged, or not what gptlab can express.
     """
-    if meta:
-        architecture(name, meta)
-    if name in pretrained.GPT2:
-        return _load_folder(name, download(name))
-    if (folder := _hf_folder(name)) is not None:
-        return _load_folder(name, folder)
+    if name in pretrained.GPT2 or _hf_folder(name) is not None:
+        _refuse_meta(meta, name)
+        return _load_folder(name, download(name) if name in pretrained.GPT2 else _hf_folder(name))
     path = find_file(name)
     content = checkpoint.read_file(path)
     if nanogpt.is_nanogpt(content):
         return _load_nanogpt(path, content, meta)
+    _refuse_meta(meta, name)
     return Source(str(path), *checkpoint.unpack(path, checkpoint.checked(path, content), trust=trust))
 
 
 def architecture(name: str, meta: str | None = None) -> tuple[dict[str, Any], int]:
     """The node `model` that the weights decide, and their block_size, from as little of the files as possible. Raises
     UserError, also for a `meta` that they do not need."""
-    if meta and not _is_nanogpt(name):
-        raise UserError(
-            f"meta={meta}: describes the tokens of nanoGPT's checkpoint, and {name} is none; leave meta out (a meta.pkl "
-            "beside ckpt.pt needs no key)"
-        )
     if name in pretrained.GPT2:
+        _refuse_meta(meta, name)
         return {"_target_": checkpoint.GPT_TARGET, **pretrained.GPT2[name]}, pretrained.GPT2_BLOCK_SIZE
     if (folder := _hf_folder(name)) is not None:
+        _refuse_meta(meta, name)
         model, _, block_size = _readable(folder, lambda: pretrained.hf_architecture(_read_json(folder / "config.json")))
         return {"_target_": checkpoint.GPT_TARGET, **model}, block_size
     path = find_file(name)
@@ -120,6 +115,7 @@ def architecture(name: str, meta: str | None = None) -> tuple[dict[str, Any], in
     if nanogpt.is_nanogpt(content):
         weights = _readable(path, lambda: nanogpt.from_checkpoint(content))
         return {"_target_": checkpoint.GPT_TARGET, **weights.model}, weights.block_size
+    _refuse_meta(meta, name)
     config = checkpoint.checked(path, content)["config"]
     model = {key: value for key, value in config["model"].items() if key not in OWN}
     if "_target_" not in model or not all(isinstance(key, str) for key in model):
@@ -127,9 +123,12 @@ def architecture(name: str, meta: str | None = None) -> tuple[dict[str, Any], in
     return model, config["data"].get("block_size")
 
 
-def _is_nanogpt(name: str) -> bool:
-    is_other = name in pretrained.GPT2 or _hf_folder(name) is not None
-    return not is_other and nanogpt.is_nanogpt(checkpoint.read_file(find_file(name), mmap=True))
+def _refuse_meta(meta: str | None, name: str) -> None:
+    if meta:
+        raise UserError(
+            f"meta={meta}: describes the tokens of nanoGPT's checkpoint, and {name} is none; leave meta out (a meta.pkl "
+            "beside ckpt.pt needs no key)"
+        )
 
 
 def run_config(name: str) -> dict[str, Any] | None:

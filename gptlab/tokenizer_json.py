@@ -66,7 +66,7 @@ def from_json(value: Any) -> CharTokenizer | BPETokenizer:
 
 def find_merges(tokens: list[bytes]) -> list[tuple[int, int]]:
     """The two tokens that each one of several bytes is merged from, (id, id) in the order of the merged ids. It is the one
-    pair that byte-pair encoding arrives at by merging the lowest ids first, whatever the text around.
+    pair that byte-pair encoding arrives at by merging the lowest ids first, in any text.
 
     Raises:
         UserError: a token that is not two earlier ones.

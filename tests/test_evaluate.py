@@ -122,4 +122,6 @@ def test_a_checkpoint_may_say_anything_about_its_training(gptlab, tmp_path, run,
     content = torch.load(run / "checkpoints/best.ckpt", weights_only=True)
     content["config"]["trainer"] = trainer
     torch.save(content, tmp_path / "odd.ckpt")
-    gptlab("evaluate", "ckpt=odd.ckpt", f"data.path={run.parent}/my.txt")
+    odd, _ = figures(gptlab, tmp_path, "ckpt=odd.ckpt", f"data.path={run.parent}/my.txt")
+    usual, _ = figures(gptlab, tmp_path, f"ckpt={run}")
+    assert odd["precision"] == "32" and odd["loss"] == pytest.approx(usual["loss"], rel=1e-5)

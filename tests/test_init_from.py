@@ -207,6 +207,7 @@ def test_the_same_tokenizer_may_be_named(gptlab, tmp_path, made):
     """data.tokenizer=char on the run's own text gives the same characters."""
     data = ["data=text", f"data.path={made}/my.txt", "data.tokenizer=char"]
     gptlab("train", *RUN, f"init_from={made}/run", *data, "trainer.max_steps=1", "hydra.run.dir=same")
+    assert yaml.safe_load((tmp_path / "same/config.yaml").read_text())["data"]["tokenizer"] == "char"
 
 
 # In this process.
