@@ -30,6 +30,7 @@ def train(options: argparse.Namespace, folder: Path) -> Plan:
     vocab_size = programs.write_nanogpt_data(folder, python_docs())
     plan = Plan("tokens/s", notes=missing_peers(options))
     _, precision = device_and_precision(options)
+    # Where the CPU multiplies bf16, also what `trainer.precision=auto` chooses there.
     precisions = dict.fromkeys((precision, "bf16") if linear.fast_bf16() else (precision,))
     flops = {size: benchmark_ceiling.flops_per_token(vocab_size, SIZES[size]) for size in options.size}
     plan.measurements += [ceiling(precision, flops, options, folder) for precision in precisions]
@@ -55,11 +56,10 @@ def compilations(options: argparse.Namespace) -> tuple[bool, ...]:
 
 
 def gptlab(size: str, options: argparse.Namespace, folder: Path, precision: str, overrides: list[str]) -> Start:
-    """A run of that size; bf16 is what gptlab must choose by itself."""
     keys = [f"{'data' if key in ('block_size', 'batch_size') else 'model'}.{key}={n}" for key, n in SIZES[size].items()]
-    precision = {"fp32": "32", "bf16": "auto"}[precision]
-    keys += [f"hardware={options.hardware}", f"trainer.precision={precision}", "optim.warmup_steps=100"]
-    return lambda: programs.gptlab(folder, [*keys, *overrides, *options.overrides], options.spincount)
+    keys += [f"hardware={options.hardware}", f"trainer.precision={precision.removeprefix('fp')}"]
+    keys += ["optim.warmup_steps=100", *overrides, *options.overrides]
+    return lambda: programs.gptlab(folder, keys, options.spincount)
 
 
 def nanogpt(

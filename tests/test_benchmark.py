@@ -170,7 +170,7 @@ def test_training_is_compared_with_the_peers_that_are_present(tmp_path, monkeypa
     assert ("minGPT" in missing) == ("pip install accelerate" in missing) == (not accelerate)
 
 
-def test_a_cpu_that_multiplies_bf16_has_a_column_for_what_gptlab_chooses(tmp_path, monkeypatch):
+def test_a_cpu_that_multiplies_bf16_has_a_column_for_it(tmp_path, monkeypatch):
     monkeypatch.setattr(benchmark_train.linear, "fast_bf16", lambda: True)
     monkeypatch.setattr(benchmark_ceiling, "flops_per_token", lambda *_: 1e6)
     plan = benchmark_train.train(benchmark.parse(["train", "--size", "cpu", "baby"]), tmp_path)
