@@ -1,4 +1,4 @@
-"""Benchmarks: python scripts/benchmark.py {train,prepare,startup,guards,busy,sample} [options]
+"""Benchmarks: python scripts/benchmark.py {train,prepare,startup,guards,busy,sample,memory} [options]
 
 Each part measures its columns once per round, in reversed order every other round, and reports medians and the ratios
 within each round. Every measurement starts the programs as a user does; their speed is read from their own logs, by
@@ -474,6 +474,15 @@ def sample(options: argparse.Namespace, folder: Path) -> Plan:
     )
 
 
+def memory(options: argparse.Namespace, folder: Path) -> Plan:
+    """Peak memory and seconds of a training step of GPT-2 124M, block 1024, against nanoGPT's: micro-batch 4 in fp32 on a
+    CPU, 12 in bf16 on a GPU."""
+    import benchmark_memory
+
+    device = "cuda" if options.hardware == "gpu" else "cpu"
+    return Plan("peak GB; s per step", *benchmark_memory.columns(options.peer.resolve(), device, options.compile))
+
+
 def available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
@@ -536,7 +545,7 @@ def format_table(values: dict[str, list[float]], unit: str) -> str:
     return "\n".join(lines)
 
 
-PARTS = {part.__name__: part for part in (train, prepare, startup, guards, busy, sample)}
+PARTS = {part.__name__: part for part in (train, prepare, startup, guards, busy, sample, memory)}
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -548,10 +557,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=15, help="of training that a measurement takes")
     parser.add_argument("--warm-up", type=int, default=50, help="steps before that")
     parser.add_argument(
-        "--peer", type=Path, help="train, prepare, sample: a clone of https://github.com/karpathy/nanoGPT"
+        "--peer", type=Path, help="train, prepare, sample, memory: a clone of https://github.com/karpathy/nanoGPT"
     )
     parser.add_argument("--hardware", choices=SIZES, default="cpu", help="train: also chooses the size of the model")
-    parser.add_argument("--compile", action="store_true", help="train: also with torch.compile, on both sides")
+    parser.add_argument("--compile", action="store_true", help="train, memory: also with torch.compile, on both sides")
     parser.add_argument("--peer-spincount", action="store_true", help="train: also nanoGPT with GOMP_SPINCOUNT=1000")
     parser.add_argument("--spincount", nargs="+", default=["default"], help="busy: of GOMP_SPINCOUNT")
     parser.add_argument("--documents", type=Path, help="prepare: JSON lines with a text each (default: written here)")
@@ -560,7 +569,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--batch", nargs="+", type=int, default=[1, 8], help="sample: rows generated at once")
     parser.add_argument("--profile", action="store_true", help="sample: also where gptlab's time goes")
     options = parser.parse_intermixed_args(argv)
-    if options.part in ("train", "prepare") and options.peer is None:
+    if options.part in ("train", "prepare", "memory") and options.peer is None:
         parser.error(f"{options.part} needs --peer PATH_OF_NANOGPT")
     return options
 
