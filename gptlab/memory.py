@@ -17,12 +17,12 @@ from pathlib import Path
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from gptlab import optim
 from gptlab.errors import UserError
+from gptlab.model import nats
 
 CGROUP, OWN_CGROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 LESS_MEMORY = "use a smaller model or data.block_size, model.activation_checkpointing=true, or trainer.precision=bf16 (in a new run)"
@@ -101,9 +101,7 @@ def estimate_step(
                 optimizer.zero_grad(set_to_none=True)
             ids = torch.zeros(min(sequences, micro_batch_size), block_size + 1, dtype=torch.int64)
             with torch.autocast(device_type, dtype=dtype, enabled=dtype is not None):
-                logits = model(ids[:, :-1]).flatten(0, 1).float()
-                loss = F.cross_entropy(logits, ids[:, 1:].flatten(), reduction="sum")
-                del logits  # as in GPTModule.nats: gone before the backward pass
+                loss = nats(model, ids)
                 with torch.autocast(device_type, enabled=False):
                     loss.backward()
             return Estimate(live.peak, state, device_type)

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from gptlab import loss
+
 
 class KVCache:
     """Keys and values of the positions so far, per layer (B, H, length, C // H): all that a next token needs of the
@@ -142,10 +144,11 @@ class GPT(nn.Module):
         shape = (B, n_head, length, self.transformer.wte.embedding_dim // n_head)
         return KVCache(len(self.transformer.h), shape)
 
-    def forward(self, idx: Tensor, cache: KVCache | None = None) -> Tensor:
+    def forward(self, idx: Tensor, cache: KVCache | None = None, targets: Tensor | None = None) -> Tensor:
         """Logits for the token after each position of `idx` (B, T), int64 or int32; with a cache, `idx` continues what it
-        holds, and the logits are those after the last position alone, (B, 1, V). Data sets and `generate` check that
-        0 <= id < vocab_size: here, a GPU would have to wait for it in every step."""
+        holds, and the logits are those after the last position alone, (B, 1, V). With `targets` (B, T), int64, -100 where
+        none counts: their summed loss in nats, for which the logits need not exist all at once. Data sets and `generate`
+        check that 0 <= id < vocab_size: here, a GPU would have to wait for it in every step."""
         _, T = idx.shape
         start = cache.length if cache is not None else 0
         if self.block_size < start + T:
@@ -163,12 +166,25 @@ class GPT(nn.Module):
             cache.length += T
             x = x[:, -1:]
         x = self.transformer.ln_f(x)
-        if self.padding is None:
-            return self.lm_head(x)  # (B, T, V)
-        return F.linear(x, self.lm_head.weight, self.padding)  # one pass over the logits, not two
+        weight = self.lm_head.weight
+        if targets is not None and (rows := loss.chunk_size(targets.numel(), weight)):
+            return loss.summed_nats(x.flatten(0, 1), weight, self.padding, targets.flatten(), rows)
+        # (B, T, V); with the padding as a bias, one pass over the logits, not two
+        logits = self.lm_head(x) if self.padding is None else F.linear(x, weight, self.padding)
+        return logits if targets is None else loss.of_logits(logits, targets)
 
     def flops_per_token(self) -> int:
         """Floating-point operations of one training step per token, forward and backward: 6 N for the matrices and
         12 L C T for attention at full length (PaLM, Chowdhery et al. 2022, appendix B)."""
         matrices = sum(p.numel() for p in self.parameters()) - self.transformer.wpe.weight.numel()
         return 6 * matrices + 12 * len(self.transformer.h) * self.transformer.wte.embedding_dim * self.block_size
+
+
+def nats(model: nn.Module, ids: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Summed loss of predicting each counted token of ids (B, T + 1) from those before it, by a GPT or a custom model."""
+    idx, targets = ids[:, :-1], ids[:, 1:]
+    if mask is not None:
+        targets = targets.masked_fill(~mask[:, 1:], -100)
+    if type(model).forward is GPT.forward:  # a subclass with a forward pass of its own may take no targets
+        return model(idx, targets=targets)
+    return loss.of_logits(model(idx), targets)

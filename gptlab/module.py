@@ -18,13 +18,13 @@ import lightning as L
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from gptlab import optim
 from gptlab.data.windows import Batch, ids_and_mask
 from gptlab.errors import UserError
 from gptlab.memory import LESS_MEMORY, out_of_memory
 from gptlab.metrics import TokenMetrics
+from gptlab.model import nats
 from gptlab.watch import OVERFLOW, Watch
 
 log = logging.getLogger(__name__)
@@ -158,10 +158,7 @@ class GPTModule(L.LightningModule):
 
     def nats(self, ids: Tensor, mask: Tensor | None) -> Tensor:
         """Summed loss, in nats, of predicting each counted token of ids (b, T + 1) from those before it."""
-        logits, targets = self.model(ids[:, :-1]), ids[:, 1:]
-        if mask is not None:
-            targets = targets.masked_fill(~mask[:, 1:], -100)
-        return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-100, reduction="sum")
+        return nats(self.model, ids, mask)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         # Not in training_step, where fp16 gradients are still scaled.

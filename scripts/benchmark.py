@@ -1,4 +1,4 @@
-"""Benchmarks: python scripts/benchmark.py {train,time_to_loss,prepare,startup,guards,busy,sample} [options]
+"""Benchmarks: python scripts/benchmark.py {train,time_to_loss,prepare,startup,guards,busy,sample,memory} [options]
 
 Each part measures its columns once per round, in reversed order every other round, and reports medians and the ratios
 within each round. Every measurement starts the programs as a user does; their speed is read from their own logs, by
@@ -32,7 +32,7 @@ from benchmark_train import busy, guards, train
 
 from gptlab.data.files import available_cores
 
-NEEDED = {"prepare": ("peer",), "time_to_loss": ("peer", "shakespeare")}
+NEEDED = {"prepare": ("peer",), "memory": ("peer",), "time_to_loss": ("peer", "shakespeare")}
 INSIDE = {"peer": "train.py", "mingpt": "mingpt/trainer.py", "shakespeare": ""}  # option -> what its path must have
 MODELS = {"train": SIZES, "busy": SIZES, "sample": benchmark_sample.SIZES}  # part -> what --size may name
 PACKAGES = ("torch", "lightning", "transformers", "accelerate")
@@ -49,7 +49,16 @@ def sample(options: argparse.Namespace, folder: Path) -> Plan:
     )
 
 
-PARTS = {part.__name__: part for part in (train, time_to_loss, prepare, startup, guards, busy, sample)}
+def memory(options: argparse.Namespace, folder: Path) -> Plan:
+    """Peak memory and seconds of a training step of GPT-2 124M, block 1024, against nanoGPT's: micro-batch 4 in fp32 on a
+    CPU, 12 in bf16 on a GPU."""
+    import benchmark_memory
+
+    device = "cuda" if options.hardware == "gpu" else "cpu"
+    return Plan("peak GB; s per step", *benchmark_memory.columns(options.peer.resolve(), device, options.compile))
+
+
+PARTS = {part.__name__: part for part in (train, time_to_loss, prepare, startup, guards, busy, sample, memory)}
 
 
 def cores_in_use() -> float | None:
@@ -156,12 +165,16 @@ def parse(argv: list[str]) -> argparse.Namespace:
         "--peer", type=Path, help="a clone of https://github.com/karpathy/nanoGPT; startup, guards: unused"
     )
     parser.add_argument("--mingpt", type=Path, help="train: a clone of https://github.com/karpathy/minGPT")
-    parser.add_argument("--hardware", choices=("cpu", "gpu"), default="cpu", help="train, busy, time_to_loss, sample")
+    parser.add_argument(
+        "--hardware", choices=("cpu", "gpu"), default="cpu", help="train, busy, time_to_loss, sample, memory"
+    )
     parser.add_argument(
         "--size", nargs="+", choices=sorted({size for sizes in MODELS.values() for size in sizes}),
         help="models: of train and busy, cpu, baby and gpu (default: that of the hardware); of sample, baby and 124M (default: both)",
     )  # fmt: skip
-    parser.add_argument("--compile", action="store_true", help="train: gptlab and nanoGPT also with torch.compile")
+    parser.add_argument(
+        "--compile", action="store_true", help="train, memory: gptlab and nanoGPT also with torch.compile"
+    )
     parser.add_argument(
         "--spincount",
         default="1000",

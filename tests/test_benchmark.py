@@ -17,6 +17,7 @@ SCRIPTS = Path(__file__).parents[1] / "scripts"
 sys.path.insert(0, str(SCRIPTS))
 import benchmark  # noqa: E402
 import benchmark_ceiling  # noqa: E402
+import benchmark_memory  # noqa: E402
 import benchmark_peers  # noqa: E402
 import benchmark_programs  # noqa: E402
 import benchmark_sample  # noqa: E402
@@ -318,3 +319,21 @@ def test_all_sides_are_the_same_model():
         torch.testing.assert_close(benchmark_sample.hugging_face(model)(idx).logits, logits)
         if NANOGPT:
             torch.testing.assert_close(benchmark_sample.nanogpt(model, TINY, Path(NANOGPT))(idx, idx)[0], logits)
+
+
+def test_memory_of_a_step(monkeypatch, capsys):
+    """The parent looks at the last line alone, whatever libraries print before it."""
+    monkeypatch.setattr(benchmark_memory, "VOCAB_SIZE", 20)
+    monkeypatch.setattr(benchmark_memory, "SIZE", benchmark_memory.SIZE | {"block_size": 8, "n_layer": 1, "n_embd": 24})
+    for program in ("gptlab", "nanoGPT")[: 1 + bool(NANOGPT)]:
+        benchmark_memory.main(program, NANOGPT or "", "cpu", "False")
+        figures = json.loads(capsys.readouterr().out.splitlines()[-1])
+        assert figures.keys() == {"GB", "s"} and 0.05 < figures["GB"] < 100 and 0 < figures["s"] < 10
+
+
+def test_memory_compares_with_the_peer_of_the_same_kind():
+    measurements, ratios = benchmark_memory.columns(Path("peer"), "cuda", compiled=True)
+    assert [measure.args[0] for measure in measurements] == [
+        "gptlab", "nanoGPT", "gptlab compiled", "nanoGPT compiled"
+    ]  # fmt: skip
+    assert ratios[0] == ("gptlab, GB", "nanoGPT, GB") and ratios[3] == ("gptlab compiled, s", "nanoGPT compiled, s")

@@ -47,6 +47,8 @@ CASES = {
     "bf16, dropout, micro-batches": ({"dropout": 0.2}, 65, 64, 8, 4, "bf16"),
     "checkpointing": ({"n_layer": 8, "activation_checkpointing": True, "dropout": 0.1}, 65, 64, 4, 4, "32"),
     "large vocabulary": ({"n_layer": 1, "bias": True, "vocab_multiple": 64}, 50257, 16, 2, 2, "32"),
+    "loss in chunks": ({"n_layer": 1, "vocab_multiple": 64}, 50257, 256, 2, 2, "32"),
+    "loss in chunks, bf16": ({"n_layer": 1}, 50257, 256, 2, 2, "bf16"),
     "micro-batches": ({"n_head": 8, "n_embd": 256, "gelu": "tanh"}, 1024, 32, 4, 2, "32"),
     "ema": ({"n_embd": 128}, 65, 32, 4, 4, "32"),
     "custom": ({}, 65, 64, 4, 4, "32"),
