@@ -100,7 +100,9 @@ def estimate_step(
             if not several:
                 optimizer.zero_grad(set_to_none=True)
             ids = torch.zeros(min(sequences, micro_batch_size), block_size + 1, dtype=torch.int64)
-            with torch.autocast(device_type, dtype=dtype, enabled=dtype is not None):
+            with torch.autocast(
+                device_type, dtype=dtype, enabled=dtype is not None, cache_enabled=False
+            ):  # as Lightning
                 logits = model(ids[:, :-1]).flatten(0, 1).float()
                 loss = F.cross_entropy(logits, ids[:, 1:].flatten(), reduction="sum")
                 del logits  # as in GPTModule.nats: gone before the backward pass
