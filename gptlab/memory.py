@@ -100,7 +100,8 @@ def estimate_step(
             if not several:
                 optimizer.zero_grad(set_to_none=True)
             ids = torch.zeros(min(sequences, micro_batch_size), block_size + 1, dtype=torch.int64)
-            with torch.autocast(device_type, dtype=dtype, enabled=dtype is not None):
+            # Lightning's autocast keeps no copies either.
+            with torch.autocast(device_type, dtype=dtype, enabled=dtype is not None, cache_enabled=False):
                 loss = nats(model, ids)
                 with torch.autocast(device_type, enabled=False):
                     loss.backward()

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from gptlab import loss
+from gptlab.attention import Dropout, attention
 
 
 class KVCache:
@@ -41,7 +42,7 @@ class CausalSelfAttention(nn.Module):
         self.n_head, self.dropout = n_head, dropout
         self.c_attn = nn.Linear(n_embd, 3 * n_embd, bias=bias)
         self.c_proj = nn.Linear(n_embd, n_embd, bias=bias)
-        self.resid_dropout = nn.Dropout(dropout)
+        self.resid_dropout = Dropout(dropout)
 
     def forward(self, x: Tensor, cache: KVCache | None = None, layer: int = 0) -> Tensor:
         B, T, C = x.shape
@@ -52,7 +53,7 @@ class CausalSelfAttention(nn.Module):
         if cache is not None:
             k, v = cache.extend(layer, k, v)
         causal = cache is None or T > 1  # a single new position sees all of them
-        y = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0, is_causal=causal)
+        y = attention(q, k, v, dropout=self.dropout if self.training else 0.0, causal=causal)
         y = y.transpose(1, 2).reshape(B, T, C)  # the heads side by side again
         return self.resid_dropout(self.c_proj(y))
 
@@ -63,7 +64,7 @@ class MLP(nn.Module):
         self.approximate = {"erf": "none", "tanh": "tanh"}[gelu]
         self.c_fc = nn.Linear(n_embd, 4 * n_embd, bias=bias)
         self.c_proj = nn.Linear(4 * n_embd, n_embd, bias=bias)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.gelu(self.c_fc(x), approximate=self.approximate)  # (B, T, 4 C)
@@ -115,7 +116,7 @@ class GPT(nn.Module):
             {
                 "wte": nn.Embedding(padded, n_embd),
                 "wpe": nn.Embedding(block_size, n_embd),
-                "drop": nn.Dropout(dropout),
+                "drop": Dropout(dropout),
                 "h": nn.ModuleList(Block(n_embd, n_head, dropout, bias, gelu) for _ in range(n_layer)),
                 "ln_f": nn.LayerNorm(n_embd, bias=bias),
             }

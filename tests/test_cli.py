@@ -308,7 +308,7 @@ def modules_after(code: str) -> set[str]:
 
 def test_the_pure_files_import_neither_lightning_nor_hydra():
     loaded = modules_after(
-        "import gptlab.model, gptlab.generate, gptlab.optim, gptlab.pretrained, gptlab.linear, gptlab.sources"
+        "import gptlab.model, gptlab.attention, gptlab.generate, gptlab.optim, gptlab.pretrained, gptlab.linear, gptlab.sources"
     )
     assert "torch" in loaded
     assert not loaded & {"lightning", "hydra", "omegaconf", "pytorch_lightning"}

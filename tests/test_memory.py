@@ -114,7 +114,7 @@ torch.set_num_threads(1)
 train(GPT(vocab_size=16, block_size=8, n_layer=1, n_head=1, n_embd=16), torch.zeros(2, 9, dtype=torch.int64))
 open("/proc/self/clear_refs", "w").write("5")
 before = resident("VmRSS")
-train(GPT(vocab_size=65, block_size=256, n_layer=3, n_head=4, n_embd=64, dropout=0.2), torch.zeros(4, 257, dtype=torch.int64))
+train(GPT(vocab_size=65, block_size=256, n_layer=3, n_head=4, n_embd=64, dropout=0.2), torch.zeros(8, 257, dtype=torch.int64))
 print(resident("VmHWM") - before)
 """
 
@@ -129,7 +129,7 @@ def test_a_process_grows_by_its_tensors():
     env = {key: value for key, value in os.environ.items() if not key.startswith(("MALLOC_", "LD_PRELOAD"))}
     env |= {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "200000"}
     grown = int(subprocess.run([sys.executable, "-c", TRAIN], capture_output=True, check=True, env=env).stdout)
-    estimate = estimate_step(partial(build, {"dropout": 0.2}, 65, 256), block_size=256, sequences=4, micro_batch_size=4,
+    estimate = estimate_step(partial(build, {"dropout": 0.2}, 65, 256), block_size=256, sequences=8, micro_batch_size=8,
                              precision="32", device_type="cpu")  # fmt: skip
     assert estimate.peak == pytest.approx(grown, rel=0.1)
 
