@@ -21,12 +21,12 @@ def figures(gptlab, tmp_path, *arguments, **settings):
 @pytest.mark.parametrize(
     "more",
     [
-        ["callbacks=[default,ema]", "data.val_windows=null"],
+        ["callbacks=[default,ema]", "data.val_windows=null", "trainer.linear=onednn"],
         pytest.param(["trainer.precision=bf16"], marks=pytest.mark.slow),
     ],
 )
 def test_a_run_gets_its_own_numbers_again(gptlab, tmp_path, more):
-    """With averaged weights, bf16, uneven micro-batches and dropout: the very bits of its validations, last and best, from
+    """With averaged weights, oneDNN, bf16, uneven micro-batches and dropout: the very bits of its validations, last and best, from
     the run folder and from a checkpoint that knows neither folder nor paths."""
     (tmp_path / "my.txt").write_text(TEXT)
     gptlab("train", *DROPOUT, *more, "data=text", "data.path=my.txt", "hydra.run.dir=run")
