@@ -41,14 +41,15 @@ def evaluate(cfg: config.Evaluate) -> None:
     if device.type == "cpu" and isinstance(threads, int) and 1 <= threads <= 4 * available_cores():
         torch.set_num_threads(threads)  # the last bits depend on it
     model = source.model
-    if settings.get("linear") == "onednn" and linear.has_operators():
+    layers = "onednn" if settings.get("linear") == "onednn" and linear.has_operators() else "torch"
+    if layers == "onednn":
         linear.use_onednn(model)
     if source.config["model"].get("compile") is True:
         model.compile()
     measured = measure(model, data, device, precision)
     result = {
         "weights": source.name, "data": data.record, "split": cfg.split, "block_size": data.block_size,
-        "precision": precision, "device": str(device), **measured,
+        "precision": precision, "linear": layers, "device": str(device), **measured,
     }  # fmt: skip
     show(result)
     if cfg.out:
