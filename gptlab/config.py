@@ -172,6 +172,7 @@ class Trainer(Node):
     strategy: Str
     precision: Annotated[Literal["auto", "32", "bf16", "fp16"], BeforeValidator(_string)]
     threads: Threads = "auto"  # runs of an older gptlab have none
+    linear: Literal["auto", "torch", "onednn"] = "torch"  # which was all there was
     extra: dict[str, Any]
 
 

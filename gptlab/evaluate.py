@@ -13,11 +13,11 @@ UNITS = {"loss": "nats per token", "accuracy": "of the problems answered exactly
 
 
 def evaluate(cfg: config.Evaluate) -> None:
-    """Print a table, and write it to `out`. With the precision, windows and threads of its run, a checkpoint gets the very
+    """Print a table, and write it to `out`. With the precision, windows, threads and linear layers of its run, a checkpoint gets the very
     numbers of its validation."""
     import torch
 
-    from gptlab import sources, train
+    from gptlab import linear, sources, train
     from gptlab.data.files import available_cores
     from gptlab.sample import choose_device
 
@@ -41,12 +41,15 @@ def evaluate(cfg: config.Evaluate) -> None:
     if device.type == "cpu" and isinstance(threads, int) and 1 <= threads <= 4 * available_cores():
         torch.set_num_threads(threads)  # the last bits depend on it
     model = source.model
+    layers = "onednn" if settings.get("linear") == "onednn" and linear.has_operators() else "torch"
+    if layers == "onednn":
+        linear.use_onednn(model)
     if source.config["model"].get("compile") is True:
         model.compile()
     measured = measure(model, data, device, precision)
     result = {
         "weights": source.name, "data": data.record, "split": cfg.split, "block_size": data.block_size,
-        "precision": precision, "device": str(device), **measured,
+        "precision": precision, "linear": layers, "device": str(device), **measured,
     }  # fmt: skip
     show(result)
     if cfg.out:

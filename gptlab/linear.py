@@ -1,8 +1,10 @@
-"""Linear layers for generating text on CPUs. All private operators of torch that gptlab uses are in this file.
+"""Linear layers of oneDNN on CPUs. All private operators of torch that gptlab uses are in this file.
 
-A token needs every weight once: its time is that of memory, and of the calls. oneDNN keeps a weight in the order in which
-its kernel for few rows reads it ("packed"), and in bfloat16 it is half as large. In float32, torch's own linear layers
-call MKL, which is hard to beat on Intel's CPUs alone.
+In float32, torch's own linear layers call MKL, which is hard to beat on Intel's CPUs alone.
+
+Training (`OneDNNLinear`): large products are a matter of the kernel. Which one a CPU runs faster, machine.py measures.
+Generating text (`PackedLinear`): a token needs every weight once; its time is that of memory, and of the calls. oneDNN keeps
+a weight in the order in which its kernel for few rows reads it ("packed"), and in bfloat16 it is half as large.
 """
 
 import contextlib
@@ -10,9 +12,11 @@ import copy
 import functools
 import platform
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
@@ -22,11 +26,64 @@ OPERATORS = ("_reorder_linear_weight", "_linear_pointwise")  # of torch.ops.mkld
 FEW_ROWS = 8  # that packed weights are best at
 
 
+def has_operators() -> bool:
+    """Whether this torch has oneDNN's operators for this CPU."""
+    there = all(hasattr(torch.ops.mkldnn, name) for name in OPERATORS) and torch.backends.mkldnn.is_available()
+    return there and platform.machine() in ("x86_64", "AMD64")
+
+
 def can_pack() -> bool:
-    """Whether this torch has oneDNN's operators for packed weights, and none of its modes looks at operators (fake tensors,
-    counting of FLOPs)."""
-    has_operators = all(hasattr(torch.ops.mkldnn, name) for name in OPERATORS) and torch.backends.mkldnn.is_available()
-    return has_operators and platform.machine() in ("x86_64", "AMD64") and _get_current_dispatch_mode() is None
+    """Whether weights can be packed: not while a mode of torch's looks at operators (fake tensors, counting of FLOPs)."""
+    return has_operators() and _get_current_dispatch_mode() is None
+
+
+def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x (..., in) @ weight (out, in).T + bias (out), by oneDNN. A weight may be packed, or a transposed view."""
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+class OneDNNProduct(torch.autograd.Function):
+    """`product` with its gradients. Keeps what torch's own keeps, and takes as much memory."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        needs_x, needs_weight, _ = ctx.needs_input_grad
+        ctx.save_for_backward(x if needs_weight else None, weight if needs_x else None)
+        return product(x, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        rows = grad.flatten(0, -2)  # (rows, out)
+        grad_x = None if weight is None else product(grad, weight.t())
+        grad_weight = None if x is None else product(rows.t(), x.contiguous().flatten(0, -2).t())
+        return grad_x, grad_weight, rows.sum(0) if ctx.needs_input_grad[2] else None
+
+
+class OneDNNLinear(nn.Linear):
+    """A linear layer by oneDNN where that is possible and pays: in float32, on a CPU, eagerly, for more than a few rows. Else
+    the layer it was."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        eager = not torch.compiler.is_compiling() and _get_current_dispatch_mode() is None
+        if (
+            eager
+            and type(x) is Tensor
+            and x.is_cpu
+            and x.dtype == self.weight.dtype == torch.float32
+            and x.shape[:-1].numel() > FEW_ROWS
+            and not torch.is_autocast_enabled("cpu")
+        ):
+            return OneDNNProduct.apply(x, self.weight, self.bias)
+        return super().forward(x)
+
+
+def use_onednn(model: nn.Module) -> None:
+    """Make the linear layers of a model oneDNN's, in place: parameters, their names and checkpoints stay the same."""
+    for module in model.modules():
+        if type(module) is nn.Linear:
+            module.__class__ = OneDNNLinear
 
 
 @functools.cache
@@ -61,8 +118,7 @@ class PackedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None:
             return F.linear(x, *self._plain)
-        y = torch.ops.mkldnn._linear_pointwise(x.to(self.dtype), self.weight, self.bias, "none", [], "")
-        return y.to(x.dtype)
+        return product(x.to(self.dtype), self.weight, self.bias).to(x.dtype)
 
 
 def pack(model: nn.Module, dtype: torch.dtype = torch.float32, rows: int = FEW_ROWS) -> nn.Module:
@@ -79,7 +135,7 @@ def pack(model: nn.Module, dtype: torch.dtype = torch.float32, rows: int = FEW_R
     hint = min(rows, FEW_ROWS) if dtype == torch.float32 else FEW_ROWS
     for module in [*copied.modules()]:
         for name, child in module.named_children():
-            if type(child) is nn.Linear and pays(child.weight, dtype, rows):
+            if isinstance(child, nn.Linear) and pays(child.weight, dtype, rows):
                 outputs = copied.vocab_size if child is copied.lm_head else None  # without the padding
                 setattr(module, name, PackedLinear(child.weight[:outputs], child.bias, dtype, hint))
     if isinstance(copied.lm_head, PackedLinear):

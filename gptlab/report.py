@@ -22,7 +22,8 @@ def announce(
 
     for note in notes:
         log.info(note)
-    log.info("device: %d x %s, precision %s", trainer.world_size, device_name(trainer), trainer.precision)
+    by = ", linear layers by oneDNN" if module.metadata["config"]["trainer"]["linear"] == "onednn" else ""
+    log.info("device: %d x %s, precision %s%s", trainer.world_size, device_name(trainer), trainer.precision, by)
     log.info("data: %s, vocabulary of %d tokens", data.record["name"], data.tokenizer.vocab_size)
     log.info("model: %s parameters", f"{sum(p.numel() for p in module.model.parameters()):,}")
     if memory:

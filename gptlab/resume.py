@@ -12,7 +12,7 @@ from gptlab.run import SAVED, Run, is_first_process
 RESUME_MAY_CHANGE = (
     "trainer.max_steps", "trainer.max_time", "optim.decay_steps", "optim.skip_nonfinite", "trainer.accelerator",
     "trainer.devices", "trainer.num_nodes", "trainer.strategy", "trainer.log_every", "trainer.checkpoint_every",
-    "trainer.keep_every", "trainer.threads", "data.workers", "data.micro_batch_size", "data.path", "data.val_path", "data.folder",
+    "trainer.keep_every", "trainer.threads", "trainer.linear", "data.workers", "data.micro_batch_size", "data.path", "data.val_path", "data.folder",
 )  # fmt: skip
 FOLLOWS = ("callbacks.checkpointing.every", "callbacks.checkpointing.keep_every")  # from the above
 OF_A_STEP = ("seed", "model.", "data.", "optim.", "trainer.", "callbacks.")  # config that decides what a run computes

@@ -113,11 +113,13 @@ def print_memory(build: Callable[[], Any], t: config.Trainer, n: int, **step: An
     """What an optimizer step takes in one process; for a GPU that torch does not see, estimated as on a CPU."""
     import torch
 
+    from gptlab.linear import fast_bf16
     from gptlab.memory import estimate_step, format_bytes
 
     on_cpu = t.accelerator == "cpu" or not torch.accelerator.is_available()
     device_type = "cpu" if on_cpu else torch.accelerator.current_accelerator().type
-    precision = t.precision if t.precision != "auto" else "32" if t.accelerator == "cpu" else "bf16"
+    auto = "bf16" if t.accelerator != "cpu" or fast_bf16() else "32"
+    precision = auto if t.precision == "auto" else t.precision
     estimate = estimate_step(build, device_type=device_type, precision=precision, **step)
     sizes = {"weights": 4 * n, "gradients": 4 * n, "AdamW's moments": 8 * n}
     if estimate:

@@ -20,7 +20,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError
 
-from gptlab import cli, config, jobs, resume, rules, targets
+from gptlab import cli, config, jobs, machine, resume, rules, targets
 from gptlab.errors import JobError, MissingFileError, UserError
 from gptlab.run import ERROR, Run, is_first_process, write_atomic, write_json
 
@@ -44,6 +44,7 @@ class Job(config.Node):
     values: dict[str, Any]  # of the swept keys
     overrides: list[str]
     threads: int | None
+    linear: Literal["torch", "onednn"] | None = None  # sweeps of an older gptlab have none
 
 
 class Sweep(config.Node):
@@ -56,6 +57,7 @@ class Sweep(config.Node):
     metric: config.Monitor | None = None  # None: chosen by the data
     at: Literal["last", "best"] = "last"
     cores_per_job: int | None = None
+    linear: Literal["torch", "onednn"] | None = None
     jobs: list[Job] = Field([])
     folder: Annotated[Path, Field(exclude=True)] = Path()
     trust: Annotated[bool | None, Field(exclude=True)] = None  # the user's, on a resume; None: a new sweep
@@ -154,6 +156,7 @@ class Sweep(config.Node):
                 limit = f"trainer.max_steps={cfg.trainer.max_steps}"
                 raise UserError(f"{limit}: job {job.folder} has already reached step {done['steps']}")
             job.threads = job.threads or self._threads(cfg)
+            job.linear = job.linear or self._linear(cfg)
             job.overrides = overrides  # those that were checked: a sweep.json from elsewhere may hold others
             known[tuple(overrides)] = job
         self.write()
@@ -188,10 +191,19 @@ class Sweep(config.Node):
             return None
         return max(1, self.cores_per_job // cfg.trainer.devices)
 
+    def _linear(self, cfg: config.Train) -> str | None:
+        """They are part of a run's bits, too, so that one answer is given to all jobs."""
+        if cfg.trainer.linear != "auto" or not machine.linear_matters(cfg):
+            return None
+        self.linear = self.linear or machine.fastest_linear()
+        return self.linear
+
     def job_overrides(self, job: Job) -> list[str]:
         """What a launcher gets."""
-        machine = [f"++trainer.threads={job.threads}"] * bool(job.threads) + ["++trust=true"] * bool(self.trust)
-        return [*job.overrides, *machine, *self.changes, f"hydra.sweep.subdir={job.folder}"]
+        resolved = {"threads": job.threads, "linear": job.linear}
+        given = [f"++trainer.{key}={value}" for key, value in resolved.items() if value]
+        given += ["++trust=true"] * bool(self.trust)
+        return [*job.overrides, *given, *self.changes, f"hydra.sweep.subdir={job.folder}"]
 
     def goal(self, job: Job) -> float | None:
         """What a search minimizes; None if the job has not finished."""
@@ -259,7 +271,11 @@ def begin(folder: Path, overrides: list[str], varied: list[str], *, metric: Any,
     if n_jobs > 1:
         values["cores_per_job"] = max(1, available_cores() // n_jobs)
     if replayed is not None:
-        values = {**dict(replayed), "cores_per_job": replayed.cores_per_job or replayed.first_cores()}
+        decided = {
+            "cores_per_job": replayed.cores_per_job or replayed.first_cores(),
+            "linear": replayed.linear or "torch",
+        }
+        values = {**dict(replayed), **decided}
     try:
         return Sweep.model_validate({**values, "overrides": overrides, "metric": metric, "at": at})
     except ValidationError as error:

@@ -74,6 +74,7 @@ def resolve_autos(cfg: config.Train) -> None:
     """
     import torch
 
+    from gptlab import linear, machine
     from gptlab.data.files import available_cores
 
     t, on_gpu = cfg.trainer, cfg.trainer.accelerator != "cpu"
@@ -89,9 +90,13 @@ def resolve_autos(cfg: config.Train) -> None:
         torch.set_float32_matmul_precision("high")  # TF32 for what stays in 32 bits, as in nanoGPT
     cuda = on_gpu and torch.cuda.is_available()
     if t.precision == "auto":
-        t.precision = "32"
+        t.precision = "bf16" if not on_gpu and linear.fast_bf16() else "32"
         if cuda:
             t.precision = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    if t.linear == "auto":
+        t.linear = machine.fastest_linear() if machine.linear_matters(cfg) else "torch"
+    if t.linear == "onednn" and not on_gpu and not linear.has_operators():
+        raise UserError("trainer.linear=onednn: this torch lacks oneDNN's operators; use trainer.linear=torch")
     if cfg.optim.warmup_steps == "auto":
         cfg.optim.warmup_steps = min(100, t.max_steps // 10)
     workers = cfg.data.get("workers", 0)
@@ -218,6 +223,7 @@ def make_module(cfg: config.Train, data: Any, saved_config: dict[str, Any], sour
     checkpoints."""
     import lightning as L
 
+    from gptlab import linear
     from gptlab.checkpoint import GPT_TARGET, build_model, portable_config
     from gptlab.contracts import check_model
     from gptlab.module import GPTModule as Module
@@ -230,6 +236,8 @@ def make_module(cfg: config.Train, data: Any, saved_config: dict[str, Any], sour
         check_model(model, data.tokenizer.vocab_size, data.block_size)
     if source:
         source.copy_to(model)
+    if cfg.trainer.linear == "onednn" and cfg.trainer.accelerator == "cpu":
+        linear.use_onednn(model)
     if cfg.model.get("compile"):
         model.compile()  # in place: the parameters keep their names
     return Module(

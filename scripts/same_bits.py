@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-COMMON = ["hardware=cpu", "trainer.max_steps=20", "trainer.val_every=10", "trainer.log_every=5", "data.val_windows=40",
+COMMON = ["hardware=cpu", "trainer.precision=32", "trainer.max_steps=20", "trainer.val_every=10", "trainer.log_every=5", "data.val_windows=40",
           "optim.warmup_steps=5"]  # fmt: skip
 UNEVEN = ["model=gpt-nano", "model.dropout=0.2", "data.micro_batch_size=5"]
 RUNS = {

@@ -19,6 +19,8 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as cli.py sets it for users
 # A model and a run so small that a whole process takes a few seconds; a schedule that does not depend on max_steps.
 TINY = [
     "hardware=cpu",
+    "trainer.precision=32",  # neither is measured, so that tests are the same on every CPU
+    "trainer.linear=torch",
     "model=gpt-nano",
     "trainer.max_steps=4",
     "trainer.val_every=2",

@@ -146,7 +146,7 @@ RANGES = {
     **dict.fromkeys(("data.path", "data.val_path", "data.url", "data.sha256", "data.folder", "data.fallback"), OPTIONAL_STRING),
     "data.file": (["a.txt"], ["../a", "/a", ".a", "", None, 5]), "data.tokenizer": (["char", "gpt2", "bpe", "init_from"], ["word", "", None, True]), "data.vocab_size": ([None, *VOCAB[0]], VOCAB[1]),
     "optim.lr": ([1e-9, 1e30], [0, -1, INF, NAN, None, True, "1"]), "optim.min_lr": AMOUNT, "optim.weight_decay": AMOUNT, "optim.grad_clip": AMOUNT,
-    "optim.schedule": (["cosine", "constant"], ["linear", None, True]), "optim.warmup_steps": STEPS_OR_AUTO, "trainer.threads": COUNT_OR_AUTO, "optim.decay_steps": SIZE,
+    "optim.schedule": (["cosine", "constant"], ["linear", None, True]), "optim.warmup_steps": STEPS_OR_AUTO, "trainer.threads": COUNT_OR_AUTO, "trainer.linear": (["auto", "torch", "onednn"], ["mkl", "", None, True, 1]), "optim.decay_steps": SIZE,
     "optim.skip_nonfinite": SIZE, "optim.betas": ([[0, 0.999], [0.9, 0.0]], [[], [0.9], [0.9, 0.9, 0.9], [0.9, 1], [-0.1, 0.9], [NAN, 0.9], [0.9, "0.9"], None, 0.9]),
     **dict.fromkeys(("trainer.max_steps", "trainer.val_every", "trainer.log_every", "trainer.checkpoint_every", "trainer.devices", "trainer.num_nodes"), COUNT),
     "trainer.keep_every": OPTIONAL_COUNT,

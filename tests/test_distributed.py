@@ -159,6 +159,7 @@ def test_fsdp_trains_custom_models(train, continue_run, gptlab, tmp_path, model)
     ("settings", "rel"),
     [
         (["trainer.precision=bf16"], 1e-3),
+        (["trainer.linear=onednn"], 1e-5),
         (["model.activation_checkpointing=true"], 1e-5),
         (["data=addition", "callbacks=problems", "data.batch_size=7", "data.val_windows=9"], 1e-5),
         (["model.compile=true"], 1e-5),

@@ -20,6 +20,7 @@ from test_module import make_trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from gptlab import linear
 from gptlab.model import GPT
 from gptlab.module import GPTModule
 
@@ -39,6 +40,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "one head": {"n_head": 1},
     "four heads": {"n_head": 4},
     "one layer": {"n_layer": 1},
+    "oneDNN": {"bias": True, "n_head": 4, "onednn": True},  # trainer.linear=onednn
 }
 # fmt: off
 GOLDEN = {
@@ -74,6 +76,10 @@ GOLDEN = {
         3.432793, 3.265238, 2.976125, 2.378600, 2.490162, 1.915428, 1.677883, 1.983028, 2.005000, 1.553427,
         1.441136, 1.660758, 1.651886, 1.706850, 1.542996, 1.438123, 1.328912, 1.463329, 1.258803, 1.227534,
     ],
+    "oneDNN": [
+        3.304466, 2.832449, 2.727780, 2.572249, 2.339118, 2.207461, 1.740417, 1.935184, 2.179087, 1.416135,
+        1.444112, 1.704388, 1.586543, 1.572523, 1.441686, 1.147877, 1.371630, 1.565891, 1.178893, 1.065501,
+    ],
 }
 # fmt: on
 
@@ -96,7 +102,9 @@ class Losses(L.Callback):
         self.seen.append(pl_module.logged["train/loss"])
 
 
-def losses(folder: Path, mutate: Callable[[GPTModule], None] = lambda module: None, **option: Any) -> list[float]:
+def losses(
+    folder: Path, mutate: Callable[[GPTModule], None] = lambda module: None, onednn: bool = False, **option: Any
+) -> list[float]:
     """Of each step, in nats per token; in micro-batches of 4 and 2 sequences."""
     torch.manual_seed(0)
     sizes = {"vocab_size": VOCAB, "block_size": T, "n_layer": 2, "n_head": 2, "n_embd": C}
@@ -105,6 +113,8 @@ def losses(folder: Path, mutate: Callable[[GPTModule], None] = lambda module: No
         for parameter in model.parameters():
             if parameter.dim() == 2:
                 parameter.mul_(16)  # as large as after a training: fresh ones leave GELU a straight line
+    if onednn:
+        linear.use_onednn(model)
     module = GPTModule(
         model, optim_config=dict(OPTIM), token_bytes=np.ones(VOCAB, dtype=np.int64), seed=1, micro_batch_size=4,
         log_every=1, metadata={},
@@ -119,8 +129,14 @@ def agree(ours: list[float], golden: list[float]) -> bool:
     return np.allclose(ours, golden, rtol=TOLERANCE, atol=0)
 
 
+def skip_without_onednn(option: str) -> None:
+    if option == "oneDNN" and not linear.has_operators():
+        pytest.skip("this torch has no oneDNN")
+
+
 @pytest.mark.parametrize("option", OPTIONS)
 def test_losses_are_the_recorded_ones(tmp_path, option):
+    skip_without_onednn(option)
     ours = losses(tmp_path, **OPTIONS[option])
     assert agree(ours, GOLDEN[option]), f"recorded {GOLDEN[option]}\nnow      {ours}"
 
@@ -201,6 +217,7 @@ MUTATIONS: dict[str, tuple[str, Callable[[GPTModule], None]]] = {
 def test_a_mutation_is_noticed(tmp_path, mutation):
     """The comparison above can fail: each of these slips moves some loss by more than the tolerance."""
     option, mutate = MUTATIONS[mutation]
+    skip_without_onednn(option)
     ours = losses(tmp_path, mutate, **OPTIONS[option])
     assert np.isfinite(ours).all()
     assert not agree(ours, GOLDEN[option])

@@ -1,12 +1,18 @@
-"""Packed weights. Where torch lacks its private operators, or works with fake tensors, all goes on without them."""
+"""oneDNN's linear layers, trained and packed. Where torch lacks its private operators, or works with fake tensors, all goes on
+without them."""
+
+import copy
+import time
 
 import pytest
 import torch
+from composed import composed
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from gptlab import linear
+from gptlab import config, linear, machine, train
+from gptlab.errors import UserError
 from gptlab.generate import Sampler, generate
 from gptlab.model import GPT
 
@@ -133,3 +139,240 @@ def test_bf16_weights_are_close_and_half_as_large():
         ours, exact = packed(ids), model(ids)
     assert ours.dtype == torch.float32
     assert (ours - exact).abs().mean() < 0.02 * exact.abs().mean()
+
+
+# --- training
+
+
+def gradients(layer, x, grad):
+    """Output, and the gradients of input, weight and bias."""
+    x = x.detach().requires_grad_()
+    y = layer(x)
+    y.backward(grad)
+    return [y, x.grad, *(parameter.grad for parameter in layer.parameters())]
+
+
+INPUTS = {
+    "one row more than few": lambda: torch.randn(linear.FEW_ROWS + 1, 24),
+    "a batch": lambda: torch.randn(2, 3, 5, 24),
+    "transposed": lambda: torch.randn(24, 7, 3).transpose(0, 2),
+    "every second channel": lambda: torch.randn(4, 8, 48)[..., ::2],
+    "the same row": lambda: torch.randn(24).expand(4, 8, 24),
+}
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("outputs", [1, 17, 64])
+@pytest.mark.parametrize("name", INPUTS)
+def test_onednns_layer_has_the_outputs_and_gradients_of_float64(monkeypatch, name, outputs, bias):
+    """Also for strides that its kernels would misread, and a gradient that is one number everywhere, as that of a sum."""
+    torch.manual_seed(0)
+    layer, x = nn.Linear(24, outputs, bias=bias), INPUTS[name]()
+    expected, grad = copy.deepcopy(layer).double(), torch.randn(())
+    linear.use_onednn(layer)
+    calls = count_products(monkeypatch)
+    for ours, exact in zip(
+        gradients(layer, x, grad.expand(*x.shape[:-1], outputs)),
+        gradients(expected, x.double(), grad.double().expand(*x.shape[:-1], outputs)),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, exact.float(), atol=1e-5, rtol=1e-5)
+    assert len(calls) == 3
+
+
+def count_products(monkeypatch) -> list:
+    calls, product = [], linear.product
+    monkeypatch.setattr(linear, "product", lambda *tensors: calls.append(1) or product(*tensors))
+    return calls
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_model_trains_with_onednn_as_without(monkeypatch, bias):
+    """Tied weights stay one, checkpoints fit either way, and each layer takes three products: one that was left out would be
+    no faster."""
+    plain, ids = gpt(n_embd=64, bias=bias), torch.randint(300, (2, 16))
+    ours = copy.deepcopy(plain)
+    linear.use_onednn(ours)
+    assert ours.lm_head.weight is ours.transformer.wte.weight
+    assert list(ours.state_dict()) == list(plain.state_dict())
+    calls = count_products(monkeypatch)
+    losses = [model.train()(ids).logsumexp(-1).sum() for model in (plain, ours)]
+    for loss in losses:
+        loss.backward()
+    assert len(calls) == 3 * (4 * 2 + 1)
+    torch.testing.assert_close(losses[1], losses[0])
+    for (name, p), q in zip(plain.named_parameters(), ours.parameters(), strict=True):
+        torch.testing.assert_close(q.grad, p.grad, atol=1e-4 * p.grad.abs().max().item(), rtol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize(("input_grad", "weight_grad"), [(True, True), (False, True), (True, False), (False, False)])
+def test_what_is_kept_for_the_backward_pass_is_what_torch_keeps(input_grad, weight_grad):
+    """The memory estimate runs torch's own layers: a copy, or an input kept for a frozen weight, would be missing there."""
+    kept = []
+    for kind in (nn.Linear, linear.OneDNNLinear):
+        layer, x = kind(16, 8), torch.randn(32, 16, requires_grad=input_grad)
+        layer.requires_grad_(weight_grad)
+        names = {x.data_ptr(): "input", layer.weight.data_ptr(): "weight"}
+        kept.append([])
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, names=names: kept[-1].append(names[t.data_ptr()]), id):
+            layer(x)
+    assert sorted(kept[0]) == sorted(kept[1])
+
+
+def test_where_onednn_cannot_help_the_layer_is_the_plain_one(monkeypatch):
+    """bf16, other types, few rows, and all that looks at operators. (Packed weights and subclasses are not even touched.)"""
+    layer, x = nn.Linear(32, 16), torch.randn(4, 8, 32)
+    linear.use_onednn(layer)
+    calls = count_products(monkeypatch)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(x).dtype == torch.bfloat16
+    copy.deepcopy(layer).double()(x.double())
+    layer(x[0])
+    layer(x[:0])
+    layer(x[0, 0])
+    with FlopCounterMode(display=False) as counter:
+        layer(x).sum().backward()
+    assert counter.get_total_flops() == 2 * 2 * x.numel() * 16
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        layer(mode.from_tensor(x))
+    torch.compile(layer, backend="eager", fullgraph=True)(x).sum().backward()
+    assert not calls
+    layer(x)
+    assert len(calls) == 1
+
+
+def test_custom_layers_stay_what_they_are():
+    class Noisy(nn.Linear):
+        pass
+
+    model = nn.Sequential(Noisy(4, 4), nn.Linear(4, 4), nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)))
+    kinds = [type(child) for child in model]
+    linear.use_onednn(model)
+    assert [type(child) for child in model] == [kinds[0], linear.OneDNNLinear, kinds[2]]
+
+
+def test_a_model_trained_with_onednn_can_be_packed():
+    model = gpt()
+    linear.use_onednn(model)
+    assert isinstance(linear.pack(model).lm_head, linear.PackedLinear)
+
+
+# --- trainer.linear=auto
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """An empty one, and a list of the answers that measurements are to give."""
+    monkeypatch.setenv("GPTLAB_DATA", str(tmp_path / "data"))
+    answers = []
+    monkeypatch.setattr(machine, "measure_linear", lambda: answers.pop(0))
+    return tmp_path / "data/linear.json", answers
+
+
+def test_a_machine_is_measured_once(cache, monkeypatch, tmp_path):
+    """Per model, features and version of torch: another machine that shares the home has its own answer."""
+    file, answers = cache
+    answers[:] = ["onednn", "torch", "torch"]
+    assert [machine.fastest_linear() for _ in range(3)] == ["onednn"] * 3
+    monkeypatch.setattr(machine, "CPUINFO", tmp_path / "cpuinfo")
+    for features in ("fma avx2", "fma avx2 avx512f"):
+        (tmp_path / "cpuinfo").write_text(f"model name\t: AMD EPYC\nflags\t\t: {features}\n\nmodel name\t: AMD EPYC\n")
+        assert [machine.fastest_linear() for _ in range(2)] == ["torch"] * 2
+    monkeypatch.undo()
+    assert not answers and file.read_text().count("AMD EPYC") >= 2
+
+
+@pytest.mark.parametrize(
+    "content", ["", "{", "[]", "null", "{}", '{"KEY": "magic"}', '{"KEY": ["torch"]}', "[" * 100_000, "\xff"]
+)
+def test_a_damaged_answer_is_measured_again(cache, content):
+    file, answers = cache
+    file.parent.mkdir()
+    key = f"{machine.cpu_model()}, torch {torch.__version__}"
+    file.write_text(content.replace("KEY", key), "latin-1")
+    answers[:] = ["onednn"]
+    assert [machine.fastest_linear() for _ in range(2)] == ["onednn"] * 2
+
+
+def test_a_home_that_cannot_be_written_is_no_error(cache):
+    file, answers = cache
+    file.parent.write_text("a file in the place of the folder")
+    answers[:] = ["onednn", "torch"]
+    assert [machine.fastest_linear() for _ in range(2)] == ["onednn", "torch"]
+
+
+def test_measuring_is_quick_and_leaves_threads_and_random_numbers_alone():
+    """It is a part of a start, once. (CPU time: 0.2 s.)"""
+    before = torch.get_rng_state(), torch.get_num_threads()
+    began = time.process_time()
+    assert machine.measure_linear() in machine.CHOICES
+    assert time.process_time() - began < 1
+    assert torch.equal(torch.get_rng_state(), before[0]) and torch.get_num_threads() == before[1]
+
+
+@pytest.mark.parametrize(("factor", "answer"), [(0.5, "torch"), (1.0, "torch"), (1.14, "torch"), (1.16, "onednn")])
+def test_onednn_must_be_clearly_faster(monkeypatch, factor, answer):
+    """In the best of its tries: the others may have been disturbed."""
+    disturbed = iter([9.0] * 2 + [1.0, 1.0, 5.0, 1.0] * 100)
+    onednn = linear.OneDNNProduct.apply
+    monkeypatch.setattr(linear.OneDNNProduct, "apply", onednn)
+    monkeypatch.setattr(machine, "_seconds", lambda layer, *_: (1.0 if layer is onednn else factor) * next(disturbed))
+    assert machine.measure_linear() == answer
+
+
+def test_without_the_operators_nothing_is_measured(monkeypatch):
+    monkeypatch.setattr(linear, "OPERATORS", ("_no_such_operator",))
+    monkeypatch.setattr(machine, "_seconds", None)
+    assert machine.measure_linear() == "torch"
+
+
+def resolved(monkeypatch, **changes):
+    """cfg.trainer, on a CPU that is fastest with oneDNN."""
+    monkeypatch.setattr(machine, "fastest_linear", lambda: "onednn")
+    monkeypatch.setattr(train.cli, "_started", None)
+    values, references = composed("train", "hardware=cpu")
+    for key, value in changes.items():
+        values = config.with_value(values, key.replace("__", "."), value)
+    cfg = config.validate(values, "train", references)
+    train.resolve_autos(cfg)
+    return cfg.trainer
+
+
+@pytest.mark.parametrize(
+    ("changes", "answer"),
+    [
+        ({}, "onednn"),
+        ({"trainer__linear": "torch"}, "torch"),
+        ({"trainer__precision": "bf16"}, "torch"),
+        ({"model__compile": True}, "torch"),
+        ({"trainer__devices": 2}, "torch"),
+        ({"trainer__devices": 2, "trainer__linear": "onednn"}, "onednn"),
+    ],
+)
+def test_auto_is_resolved_where_it_matters(monkeypatch, changes, answer):
+    """The processes of a run might measure different answers; compiled graphs and bf16 have their own kernels."""
+    monkeypatch.setattr(linear, "fast_bf16", lambda: False)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setattr(train.shutil, "which", lambda name: name)
+    assert resolved(monkeypatch, **changes).linear == answer
+
+
+@pytest.mark.parametrize(("fast", "precision", "kind"), [(True, "bf16", "torch"), (False, "32", "onednn")])
+def test_cpus_that_multiply_bf16_train_in_it(monkeypatch, fast, precision, kind):
+    monkeypatch.setattr(linear, "fast_bf16", lambda: fast)
+    t = resolved(monkeypatch)
+    assert (t.precision, t.linear) == (precision, kind)
+    assert resolved(monkeypatch, trainer__precision="32").precision == "32"
+
+
+def test_onednn_without_the_operators_is_refused(monkeypatch):
+    """A run that was saved with it, resumed with another torch; trainer.linear=torch is a change that a resume may make."""
+    monkeypatch.setattr(linear, "OPERATORS", ("_no_such_operator",))
+    with pytest.raises(UserError, match=r"^trainer\.linear=onednn: .*use trainer\.linear=torch$"):
+        resolved(monkeypatch, trainer__linear="onednn")
+
+
+def test_runs_of_an_older_gptlab_keep_their_layers():
+    values, references = composed("train")
+    older = {**values, "trainer": {key: value for key, value in values["trainer"].items() if key != "linear"}}
+    assert config.validate(older, "train", references).trainer.linear == "torch"

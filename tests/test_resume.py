@@ -309,6 +309,7 @@ def test_a_finished_run_says_so_and_can_be_extended(gptlab, tmp_path):
 
 def test_a_resume_keeps_its_config():
     resume.check_changes(resume.RESUME_MAY_CHANGE)
+    resume.check_changes(["trainer.linear"])
     for key in ("optim.lr", "model", "trainer.val_every", "seed", "trainer.precision", "x", "hydra.run.dir", "~logger"):
         with pytest.raises(UserError, match=rf"cannot change {key}.*can change trainer\.max_steps,"):
             resume.check_changes([key, "trainer.max_steps"])

@@ -12,7 +12,7 @@ from gptlab import cli, sweep
 from gptlab.errors import UserError
 from gptlab.run import ERROR, Run
 
-BASE = ["model=gpt-nano", "++trainer.max_steps=20", "hardware=cpu"]
+BASE = ["model=gpt-nano", "++trainer.max_steps=20", "hardware=cpu", "++trainer.linear=torch"]
 
 
 @functools.cache
@@ -104,6 +104,31 @@ def test_jobs_of_a_sweep_share_the_number_of_threads(make, monkeypatch):
     assert job.threads is None
     sweep.replay(state.folder, [])
     assert make("seed", n_jobs=8).cores_per_job == 4
+
+
+def test_jobs_of_a_sweep_share_the_linear_layers(make, monkeypatch):
+    """They change bits, too: decided once, also for jobs that are added on another machine, and only where it matters."""
+    answers = ["onednn"]
+    monkeypatch.setattr("gptlab.machine.fastest_linear", lambda: answers.pop())
+    state, auto = make("seed"), [*BASE, "++trainer.linear=auto"]
+    combinations = [[*auto, "++seed=1"], [*auto, "++seed=2"], [*auto, "++trainer.precision=bf16"], [*BASE, "++seed=3"]]
+    jobs = state.place(combinations, compose)
+    assert [job.linear for job in jobs] == ["onednn", "onednn", None, None]
+    assert "++trainer.linear=onednn" in state.job_overrides(jobs[1])
+    sweep.replay(state.folder, [])
+    assert make("seed").place([*combinations, [*auto, "++seed=4"]], compose)[-1].linear == "onednn"
+
+
+def test_a_sweep_of_an_older_gptlab_keeps_its_linear_layers(make, monkeypatch):
+    monkeypatch.setattr("gptlab.machine.fastest_linear", lambda: "onednn")
+    state, auto = make("seed"), [*BASE, "++trainer.linear=auto"]
+    state.place([[*auto, "++seed=1"]], compose)
+    content = json.loads((state.folder / "sweep.json").read_text())
+    del content["linear"], content["jobs"][0]["linear"]
+    (state.folder / "sweep.json").write_text(json.dumps(content))
+    sweep.replay(state.folder, [])
+    (job,) = make("seed").place([[*auto, "++seed=1"]], compose)
+    assert job.linear == "torch"
 
 
 def test_threads_of_jobs_that_ran_alone(make):
