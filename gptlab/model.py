@@ -57,7 +57,7 @@ class NGrams(nn.Module):
         for n, table in zip(self.sizes, self.tables, strict=True):
             rows = table.num_embeddings
             base = self.before_text + 1 if (self.before_text + 1) ** n <= rows else HASH
-            keys = sum(ids[:, reach - i : reach - i + T] * base**i for i in range(n))
+            keys = sum(ids[:, reach - i : reach - i + T] * pow(base, i, 2**31) for i in range(n))
             total = total + table(keys % rows)
         return total
 
@@ -81,12 +81,10 @@ class Rotary(nn.Module):
 
 
 class CausalSelfAttention(nn.Module):
-    def __init__(
-        self, n_embd: int, n_head: int, dropout: float, bias: bool, rotary: Rotary | None, qk_norm: bool
-    ) -> None:
+    def __init__(self, n_embd: int, n_head: int, dropout: float, bias: bool, rotary: Rotary | None) -> None:
         super().__init__()
         self.n_head, self.dropout = n_head, dropout
-        self.rotary, self.qk_norm = rotary, qk_norm
+        self.rotary = rotary
         self.c_attn = nn.Linear(n_embd, 3 * n_embd, bias=bias)
         self.c_proj = nn.Linear(n_embd, n_embd, bias=bias)
         self.resid_dropout = nn.Dropout(dropout)
@@ -97,8 +95,6 @@ class CausalSelfAttention(nn.Module):
             part.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, H, T, C // H)
             for part in self.c_attn(x).split(C, dim=2)
         )
-        if self.qk_norm:
-            q, k = F.rms_norm(q, q.shape[-1:]), F.rms_norm(k, k.shape[-1:])
         if self.rotary is not None:
             start = cache.length if cache is not None else 0
             q, k = self.rotary(q, start), self.rotary(k, start)
@@ -111,16 +107,15 @@ class CausalSelfAttention(nn.Module):
 
 
 class MLP(nn.Module):
-    def __init__(self, n_embd: int, dropout: float, bias: bool, gelu: str, activation: str) -> None:
+    def __init__(self, n_embd: int, dropout: float, bias: bool, gelu: str) -> None:
         super().__init__()
-        self.activation, self.approximate = activation, {"erf": "none", "tanh": "tanh"}[gelu]
+        self.approximate = {"erf": "none", "tanh": "tanh"}[gelu]
         self.c_fc = nn.Linear(n_embd, 4 * n_embd, bias=bias)
         self.c_proj = nn.Linear(4 * n_embd, n_embd, bias=bias)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.c_fc(x)  # (B, T, 4 C)
-        x = F.relu(x).square() if self.activation == "relu2" else F.gelu(x, approximate=self.approximate)
+        x = F.gelu(self.c_fc(x), approximate=self.approximate)  # (B, T, 4 C)
         return self.dropout(self.c_proj(x))
 
 
@@ -159,10 +154,7 @@ class GPT(nn.Module):
         vocab_multiple: int = 1,
         activation_checkpointing: bool = False,
         position: str = "learned",  # a vector per position, or rotary
-        qk_norm: bool = False,  # queries and keys of unit RMS (Henry et al. 2020)
-        activation: str = "gelu",  # or relu2: ReLU squared (Primer, So et al. 2021)
         tie_weights: bool = True,  # the head is the token embedding
-        zero_init: bool = False,  # blocks begin as the identity, an untied head with equal logits (Fixup, Zhang et al. 2019)
         ngrams: Sequence[int] = (),  # sizes n of n-grams that are embedded beside the tokens
         ngram_rows: int = 16384,  # most rows of each of their tables
     ) -> None:
@@ -183,8 +175,8 @@ class GPT(nn.Module):
             Block(
                 n_embd,
                 bias,
-                CausalSelfAttention(n_embd, n_head, dropout, bias, rotary, qk_norm),
-                MLP(n_embd, dropout, bias, gelu, activation),
+                CausalSelfAttention(n_embd, n_head, dropout, bias, rotary),
+                MLP(n_embd, dropout, bias, gelu),
             )
             for _ in range(n_layer)
         )
@@ -195,20 +187,18 @@ class GPT(nn.Module):
             self.lm_head.weight = self.transformer.wte.weight  # as in GPT-2
         padding = torch.zeros(padded).index_fill(0, torch.arange(vocab_size, padded), -math.inf)
         self.register_buffer("padding", padding if padded > vocab_size else None, persistent=False)
-        self._init_weights(n_layer, zero_init)
+        self._init_weights(n_layer)
 
     @torch.no_grad()
-    def _init_weights(self, n_layer: int, zero_init: bool) -> None:
+    def _init_weights(self, n_layer: int) -> None:
         """GPT-2's: N(0, 0.02), projections into the residual stream scaled by 1 / sqrt(their number); biases 0."""
         for name, parameter in self.named_parameters():
-            if "ngrams" in name or (zero_init and name.endswith(("c_proj.weight", "lm_head.weight"))):
+            if ".ngrams." in name or name.endswith("bias"):
                 parameter.zero_()
             elif name.endswith("c_proj.weight"):
                 parameter.normal_(0.0, 0.02 / math.sqrt(2 * n_layer))
             elif parameter.dim() == 2:
                 parameter.normal_(0.0, 0.02)
-            elif name.endswith("bias"):
-                parameter.zero_()
 
     def new_cache(self, B: int, length: int | None = None) -> KVCache:
         """For `forward`, with B sequences of up to `length` tokens; by default of block_size, which is the most."""

@@ -113,11 +113,14 @@ def skip_unless_finite(optimizer: torch.optim.Optimizer, norm: Tensor, *, wait: 
         optimizer.zero_grad(set_to_none=True)
 
 
-def learning_rate(step: int, *, schedule: str, lr: float, min_lr: float, warmup_steps: int, decay_steps: int) -> float:
+def learning_rate(
+    step: int, *, schedule: str, lr: float, min_lr: float, warmup_steps: int, decay_steps: int, cooldown: float = 1.0
+) -> float:
     """The learning rate of the update that follows `step` finished ones.
 
-    Linear warm-up over `warmup_steps`; then constant, or half a cosine down to `min_lr` at `decay_steps` and
-    `min_lr` from there on (SGDR, Loshchilov & Hutter 2017, without restarts; the warm-up starts above 0 as nanoGPT's).
+    Linear warm-up over `warmup_steps`; then constant, or down to `min_lr` at `decay_steps` and `min_lr` from there on:
+    half a cosine (SGDR, Loshchilov & Hutter 2017, without restarts; the warm-up starts above 0 as nanoGPT's), or a line
+    over the last `cooldown` of the steps (Haegele et al. 2024).
     """
     if step < warmup_steps:
         return lr * (step + 1) / (warmup_steps + 1)
@@ -125,5 +128,8 @@ def learning_rate(step: int, *, schedule: str, lr: float, min_lr: float, warmup_
         return lr
     if step >= decay_steps:
         return min_lr
+    if schedule == "linear":
+        left = (decay_steps - step) / max(1, min(cooldown * decay_steps, decay_steps - warmup_steps))
+        return min_lr + min(1.0, left) * (lr - min_lr)
     done = (step - warmup_steps) / (decay_steps - warmup_steps)
     return min_lr + 0.5 * (1 + math.cos(math.pi * done)) * (lr - min_lr)
