@@ -79,6 +79,7 @@ Size = Annotated[Int, Field(ge=0, lt=2**31)]
 VocabSize = Annotated[Int, Field(ge=257, le=MAX_VOCAB_SIZE)]  # 256 bytes and the end of text
 Seed = Annotated[Int, Field(ge=0, lt=2**32)]  # numpy's legacy generator takes no larger one
 Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+LearningRate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Str = Annotated[str, BeforeValidator(_string)]
 FolderName = Annotated[Str, BeforeValidator(_folder_name)]
@@ -100,6 +101,11 @@ class GPT(Node):
     dropout: Fraction
     bias: bool
     gelu: Literal["erf", "tanh"]
+    # Runs of an older gptlab have no keys with a default.
+    position: Literal["learned", "rotary"] = "learned"
+    tie_weights: bool = True
+    ngrams: list[Annotated[Int, Field(ge=2, le=8)]] = []
+    ngram_rows: Annotated[Int, Field(ge=1, le=2**24)] = 16384
     vocab_multiple: Count
     activation_checkpointing: bool
     compile: bool
@@ -148,15 +154,21 @@ class Sort(Windows):
 
 
 class Optim(Node):
-    lr: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+    lr: LearningRate
     min_lr: Amount
-    schedule: Literal["cosine", "constant"]
+    schedule: Literal["cosine", "linear", "constant"]
     warmup_steps: WarmupSteps
     decay_steps: Size
     weight_decay: Amount
     betas: Annotated[list[Fraction], Field(min_length=2, max_length=2)]
     grad_clip: Amount
     skip_nonfinite: Size
+    cooldown: Annotated[float, Field(gt=0, le=1)] = 1.0
+    muon_lr: LearningRate | None = None
+    momentum: Fraction = 0.95
+    newton_schulz_steps: Annotated[Int, Field(ge=1, le=20)] = 5
+    embedding_lr: LearningRate | None = None
+    head_lr: LearningRate | None = None
 
 
 class Trainer(Node):

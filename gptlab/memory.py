@@ -84,7 +84,7 @@ def estimate_step(
             model = build()
             _copies = [torch.empty_like(p) for p in model.parameters() for _ in range(averaged + distributed)]
             fused = device_type in ("cpu", "cuda") and precision != "fp16"
-            optimizer = optim.adamw(model, lr=0.0, betas=(0.9, 0.99), weight_decay=0.0, fused=fused)
+            optimizer = optim.build(model, lr=0.0, betas=(0.9, 0.99), weight_decay=0.0, fused=fused)
             trained = [p for p in model.parameters() if p.requires_grad]
             several = sequences > micro_batch_size  # the gradients of one micro-batch are there during the next
             for parameter in trained:

@@ -4,6 +4,7 @@ Shapes: B sequences, T positions, C channels (n_embd), H heads, V rows of the (p
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,8 @@ from torch.utils.checkpoint import checkpoint
 from gptlab import loss
 from gptlab.attention import Dropout, attention
 
+HASH = 1_000_003  # odd, so that each token changes the hash of an n-gram modulo a power of 2
+
 
 class KVCache:
     """Keys and values of the positions so far, per layer (B, H, length, C // H): all that a next token needs of the
@@ -20,6 +23,7 @@ class KVCache:
 
     def __init__(self, n_layer: int, shape: tuple[int, int, int, int]) -> None:
         self.shape, self.length = shape, 0
+        self.recent: Tensor | None = None  # ids (B, n - 1) that the next n-gram begins with
         self._layers: list[tuple[Tensor, Tensor] | None] = [None] * n_layer
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -36,10 +40,54 @@ class KVCache:
         return keys[:, :, :end], values[:, :, :end]
 
 
+class NGrams(nn.Module):
+    """A vector for the last n tokens of each position, summed over `sizes` n: a row of a table of at most `rows`, which several
+    n-grams share by a hash where there are more (hash n-gram embeddings, Pagnoni et al. 2024). Tables start at zero."""
+
+    def __init__(self, sizes: Sequence[int], rows: int, vocab_size: int, n_embd: int) -> None:
+        super().__init__()
+        self.sizes, self.before_text = tuple(sizes), vocab_size  # an id for positions before the first token
+        self.tables = nn.ModuleList(nn.Embedding(min((vocab_size + 1) ** n, rows), n_embd) for n in sizes)
+
+    def forward(self, idx: Tensor, cache: KVCache | None) -> Tensor:
+        """idx (B, T) -> (B, T, C)."""
+        (B, T), reach = idx.shape, max(self.sizes) - 1
+        before = cache.recent if cache is not None and cache.length else idx.new_full((B, reach), self.before_text)
+        ids = torch.cat((before, idx), dim=1).long()  # (B, reach + T)
+        if cache is not None:
+            cache.recent = ids[:, T:]
+        total = 0
+        for n, table in zip(self.sizes, self.tables, strict=True):
+            rows = table.num_embeddings
+            base = self.before_text + 1 if (self.before_text + 1) ** n <= rows else HASH
+            keys = sum(ids[:, reach - i : reach - i + T] * pow(base, i, 2**31) for i in range(n))
+            total = total + table(keys % rows)
+        return total
+
+
+class Rotary(nn.Module):
+    """Turns pairs of channels of queries and keys by angles that grow with the position, so that their products depend on
+    the distance (RoPE, Su et al. 2021)."""
+
+    def __init__(self, head_size: int, block_size: int) -> None:
+        super().__init__()
+        frequencies = 10_000.0 ** -(torch.arange(0, head_size, 2) / head_size)
+        angles = torch.arange(block_size)[:, None] * frequencies  # (T, D / 2)
+        self.register_buffer("cos", angles.cos(), persistent=False)
+        self.register_buffer("sin", angles.sin(), persistent=False)
+
+    def forward(self, x: Tensor, start: int) -> Tensor:
+        """x (B, H, T, D), whose first position is `start`."""
+        cos, sin = (part[start : start + x.shape[2]] for part in (self.cos, self.sin))
+        a, b = x.chunk(2, dim=-1)
+        return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1).type_as(x)
+
+
 class CausalSelfAttention(nn.Module):
-    def __init__(self, n_embd: int, n_head: int, dropout: float, bias: bool) -> None:
+    def __init__(self, n_embd: int, n_head: int, dropout: float, bias: bool, rotary: Rotary | None) -> None:
         super().__init__()
         self.n_head, self.dropout = n_head, dropout
+        self.rotary = rotary
         self.c_attn = nn.Linear(n_embd, 3 * n_embd, bias=bias)
         self.c_proj = nn.Linear(n_embd, n_embd, bias=bias)
         self.resid_dropout = Dropout(dropout)
@@ -50,6 +98,9 @@ class CausalSelfAttention(nn.Module):
             part.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, H, T, C // H)
             for part in self.c_attn(x).split(C, dim=2)
         )
+        if self.rotary is not None:
+            start = cache.length if cache is not None else 0
+            q, k = self.rotary(q, start), self.rotary(k, start)
         if cache is not None:
             k, v = cache.extend(layer, k, v)
         causal = cache is None or T > 1  # a single new position sees all of them
@@ -72,12 +123,12 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, n_embd: int, n_head: int, dropout: float, bias: bool, gelu: str) -> None:
+    def __init__(self, n_embd: int, bias: bool, attn: CausalSelfAttention, mlp: MLP) -> None:
         super().__init__()
         self.ln_1 = nn.LayerNorm(n_embd, bias=bias)
-        self.attn = CausalSelfAttention(n_embd, n_head, dropout, bias)
+        self.attn = attn
         self.ln_2 = nn.LayerNorm(n_embd, bias=bias)
-        self.mlp = MLP(n_embd, dropout, bias, gelu)
+        self.mlp = mlp
 
     def forward(self, x: Tensor, cache: KVCache | None = None, layer: int = 0) -> Tensor:
         x = x + self.attn(self.ln_1(x), cache, layer)
@@ -105,6 +156,10 @@ class GPT(nn.Module):
         gelu: str = "erf",  # exact (nanoGPT's, faster on CPUs), or tanh, GPT-2's approximation
         vocab_multiple: int = 1,
         activation_checkpointing: bool = False,
+        position: str = "learned",  # a vector per position, or rotary
+        tie_weights: bool = True,  # the head is the token embedding
+        ngrams: Sequence[int] = (),  # sizes n of n-grams that are embedded beside the tokens
+        ngram_rows: int = 16384,  # most rows of each of their tables
     ) -> None:
         super().__init__()
         if min(vocab_size, block_size, n_layer, n_head, n_embd, vocab_multiple) < 1 or n_embd % n_head:
@@ -112,17 +167,27 @@ class GPT(nn.Module):
         self.vocab_size, self.block_size = vocab_size, block_size
         self.activation_checkpointing = activation_checkpointing
         padded = math.ceil(vocab_size / vocab_multiple) * vocab_multiple
-        self.transformer = nn.ModuleDict(
-            {
-                "wte": nn.Embedding(padded, n_embd),
-                "wpe": nn.Embedding(block_size, n_embd),
-                "drop": Dropout(dropout),
-                "h": nn.ModuleList(Block(n_embd, n_head, dropout, bias, gelu) for _ in range(n_layer)),
-                "ln_f": nn.LayerNorm(n_embd, bias=bias),
-            }
+        rotary = Rotary(n_embd // n_head, block_size) if position == "rotary" else None
+        parts = {"wte": nn.Embedding(padded, n_embd)}
+        if ngrams:
+            parts["ngrams"] = NGrams(ngrams, ngram_rows, vocab_size, n_embd)
+        if rotary is None:
+            parts["wpe"] = nn.Embedding(block_size, n_embd)
+        parts["drop"] = Dropout(dropout)
+        parts["h"] = nn.ModuleList(
+            Block(
+                n_embd,
+                bias,
+                CausalSelfAttention(n_embd, n_head, dropout, bias, rotary),
+                MLP(n_embd, dropout, bias, gelu),
+            )
+            for _ in range(n_layer)
         )
+        parts["ln_f"] = nn.LayerNorm(n_embd, bias=bias)
+        self.transformer = nn.ModuleDict(parts)
         self.lm_head = nn.Linear(n_embd, padded, bias=False)
-        self.lm_head.weight = self.transformer.wte.weight  # tied, as in GPT-2
+        if tie_weights:
+            self.lm_head.weight = self.transformer.wte.weight  # as in GPT-2
         padding = torch.zeros(padded).index_fill(0, torch.arange(vocab_size, padded), -math.inf)
         self.register_buffer("padding", padding if padded > vocab_size else None, persistent=False)
         self._init_weights(n_layer)
@@ -131,12 +196,12 @@ class GPT(nn.Module):
     def _init_weights(self, n_layer: int) -> None:
         """GPT-2's: N(0, 0.02), projections into the residual stream scaled by 1 / sqrt(their number); biases 0."""
         for name, parameter in self.named_parameters():
-            if name.endswith("c_proj.weight"):
+            if ".ngrams." in name or name.endswith("bias"):
+                parameter.zero_()
+            elif name.endswith("c_proj.weight"):
                 parameter.normal_(0.0, 0.02 / math.sqrt(2 * n_layer))
             elif parameter.dim() == 2:
                 parameter.normal_(0.0, 0.02)
-            elif name.endswith("bias"):
-                parameter.zero_()
 
     def new_cache(self, B: int, length: int | None = None) -> KVCache:
         """For `forward`, with B sequences of up to `length` tokens; by default of block_size, which is the most."""
@@ -157,7 +222,11 @@ class GPT(nn.Module):
         if start and T > 1:
             raise ValueError(f"a cache takes one token at a time after its first call, not {T}")
         x = self.transformer.wte(idx)  # (B, T, C)
-        x = self.transformer.drop(x + self.transformer.wpe.weight[start : start + T])
+        if "ngrams" in self.transformer:
+            x = x + self.transformer.ngrams(idx, cache)
+        if "wpe" in self.transformer:
+            x = x + self.transformer.wpe.weight[start : start + T]
+        x = self.transformer.drop(x)
         for layer, block in enumerate(self.transformer.h):
             if self.activation_checkpointing and self.training and cache is None:
                 x = checkpoint(block, x, use_reentrant=False)
@@ -174,10 +243,15 @@ class GPT(nn.Module):
         logits = self.lm_head(x) if self.padding is None else F.linear(x, weight, self.padding)
         return logits if targets is None else loss.of_logits(logits, targets)
 
+    def lookup_tables(self) -> list[nn.Parameter]:
+        """The parameters that no matrix product uses."""
+        tables = [module.weight for module in self.modules() if isinstance(module, nn.Embedding)]
+        return [table for table in tables if table is not self.lm_head.weight]
+
     def flops_per_token(self) -> int:
         """Floating-point operations of one training step per token, forward and backward: 6 N for the matrices and
         12 L C T for attention at full length (PaLM, Chowdhery et al. 2022, appendix B)."""
-        matrices = sum(p.numel() for p in self.parameters()) - self.transformer.wpe.weight.numel()
+        matrices = sum(p.numel() for p in self.parameters()) - sum(p.numel() for p in self.lookup_tables())
         return 6 * matrices + 12 * len(self.transformer.h) * self.transformer.wte.embedding_dim * self.block_size
 
 

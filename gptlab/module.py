@@ -64,16 +64,15 @@ class GPTModule(L.LightningModule):
         self.best: dict[str, float] = {}  # the same of the lowest validation loss after step 0
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        c = self.optim_config
         fused = self.device.type in ("cpu", "cuda") and self.trainer.precision != "16-mixed"
         self.checks_at_log = self.device.type == "cuda"
-        return optim.adamw(self.model, lr=c["lr"], betas=tuple(c["betas"]), weight_decay=c["weight_decay"], fused=fused)
+        return optim.build(self.model, fused=fused, **self.optim_config)
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
         step = self.trainer.global_step  # finished ones
         optimizer, lr = self.optimizers(), self._learning_rate(step)
         for group in optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group.get("lr_scale", 1.0)  # runs of an older gptlab have none
 
         ids, mask = ids_and_mask(batch)
         loss = self._within_memory("training", ids, lambda size: self.accumulate_gradients(step, ids, mask, size))
@@ -122,7 +121,7 @@ class GPTModule(L.LightningModule):
             torch.get_device_module(self.device).manual_seed(seed)
 
     def _learning_rate(self, step: int) -> float:
-        keys = ("schedule", "lr", "min_lr", "warmup_steps", "decay_steps")
+        keys = ("schedule", "lr", "min_lr", "warmup_steps", "decay_steps", "cooldown")
         return optim.learning_rate(step, **{key: self.optim_config[key] for key in keys})
 
     def accumulate_gradients(self, step: int, ids: Tensor, mask: Tensor | None, size: int) -> Tensor:

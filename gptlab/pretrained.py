@@ -108,7 +108,18 @@ def from_hf(config: Any, weights: Mapping[str, Tensor]) -> Pretrained:
 @torch.no_grad()
 def to_hf(model: GPT) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """config.json and weights of the `GPT2LMHeadModel` with the same logits: padding of the vocabulary is dropped, biases
-    that the model lacks are zeros. The config names no special tokens."""
+    that the model lacks are zeros. The config names no special tokens.
+
+    Raises:
+        ValueError: the model has what GPT-2 has not.
+    """
+    has = {
+        "model.position=rotary": "wpe" not in model.transformer,
+        "model.ngrams": "ngrams" in model.transformer,
+        "model.tie_weights=false": model.lm_head.weight is not model.transformer.wte.weight,
+    }
+    if any(has.values()):
+        raise ValueError(f"Hugging Face's GPT-2 cannot express {', '.join(key for key in has if has[key])}")
     weights = {}
     for name, weight in model.state_dict().items():
         if name != HEAD:  # tied

@@ -31,7 +31,7 @@ def announce(
     tokens = f"{data.batch_size * data.block_size:,}"
     log.info("tokens per optimizer step: %s (%d sequences x %d tokens)", tokens, data.batch_size, data.block_size)
     o = module.optim_config
-    end = f", cosine to {o['min_lr']:g} at step {o['decay_steps']}" if o["schedule"] == "cosine" else ""
+    end = f", {o['schedule']} to {o['min_lr']:g} at step {o['decay_steps']}" if o["schedule"] != "constant" else ""
     log.info("learning rate: %g after %d warm-up steps%s", o["lr"], o["warmup_steps"], end)
     log.info("run folder: %s", run)
     if not any(isinstance(callback, Checkpointing) for callback in trainer.callbacks):

@@ -122,19 +122,35 @@ def extra_is_not_ours(extra: dict) -> Iterator[str]:
 
 
 @rule("optim.lr", "optim.min_lr", "optim.schedule")
-def cosine_falls(lr: float, min_lr: float, schedule: str) -> Iterator[str]:
-    if schedule == "cosine" and min_lr > lr:
+def schedule_falls(lr: float, min_lr: float, schedule: str) -> Iterator[str]:
+    if schedule != "constant" and min_lr > lr:
         yield f"optim.min_lr={min_lr} must be <= optim.lr={lr}"
 
 
 @rule("optim.warmup_steps", "optim.decay_steps", "optim.schedule", "trainer.max_steps", "resume")
 def warmup_ends(warmup: int | str, decay: int, schedule: str, max_steps: int, resume: str | None) -> Iterator[str]:
     ends = {} if resume else {"trainer.max_steps": max_steps}  # a resume may end a run earlier than planned
-    ends |= {"optim.decay_steps": decay} if schedule == "cosine" else {}
+    ends |= {"optim.decay_steps": decay} if schedule != "constant" else {}
     for key in sorted(ends, key=ends.get)[:1]:
         if warmup != "auto" and ends[key] <= warmup:
             fix = f"use a larger {key}" if resume else "try optim.warmup_steps=auto"
             yield f"optim.warmup_steps={warmup} must be less than {key}={ends[key]}; {fix}"
+
+
+@rule("optim.muon_lr", "trainer.strategy", "trainer.devices", "trainer.num_nodes", "trainer.precision")
+def muon_has_limits(
+    muon_lr: float | None, strategy: str, devices: int, num_nodes: int, precision: str
+) -> Iterator[str]:
+    if muon_lr is not None and strategy == "fsdp" and devices * num_nodes > 1:
+        yield "optim.muon_lr needs whole matrices, trainer.strategy=fsdp splits them; use trainer.strategy=ddp"
+    if muon_lr is not None and precision == "fp16":
+        yield "optim.muon_lr does not work with trainer.precision=fp16; use bf16 or 32"
+
+
+@rule("model.position", "model.n_embd", "model.n_head", "model._target_")
+def rotary_turns_pairs(position: Any, n_embd: Any, n_head: Any, target: str) -> Iterator[str]:
+    if position == "rotary" and target in NODES and n_embd % (2 * n_head):
+        yield f"model.position=rotary needs an even number of channels per head; model.n_embd={n_embd} must be divisible by {2 * n_head}"
 
 
 @rule("callbacks.profile", "trainer.max_steps", "resume")

@@ -15,8 +15,9 @@ from gptlab.errors import UserError
 # Dense peak of bf16 and fp16 matrix products, FLOP/s per device, from the vendors' data sheets; the first that matches.
 PEAK_FLOPS = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12,
               "4090": 165e12, "V100": 125e12, "T4": 65e12}  # fmt: skip
-PARTS = {"wte.": "token embedding", "wpe.": "position embedding", ".attn.": "attention", ".mlp.": "MLP",
+PARTS = {"wte.": "token embedding", "wpe.": "position embedding", "ngrams.": "n-gram tables", ".attn.": "attention", ".mlp.": "MLP",
          "ln_": "LayerNorms", "lm_head.": "head"}  # fmt: skip
+EMBEDDINGS = ("token embedding", "position embedding", "n-gram tables")
 
 
 def size(cfg: config.Sizing) -> None:
@@ -34,15 +35,18 @@ def size(cfg: config.Sizing) -> None:
         target, reason = cfg.model["_target_"], str(error).partition("\n")[0]
         raise UserError(f"model._target_={target}: cannot run on tensors without data: {reason}") from error
     parts = count_parameters(model)
-    n, n_positions = sum(parts.values()), parts.get("position embedding", 0)
+    n, embeddings = sum(parts.values()), sum(parts.get(part, 0) for part in EMBEDDINGS)
+    lookups = parts.get("position embedding", 0)
+    if hasattr(model, "lookup_tables"):
+        lookups = sum(table.numel() for table in model.lookup_tables())
     rows = [(part, f"{count:,}", f"{count / n:.1%}") for part, count in parts.items()]
-    rows += [("total", f"{n:,}"), ("without embeddings", f"{n - n_positions - parts.get('token embedding', 0):,}")]
+    rows += [("total", f"{n:,}"), ("without embeddings", f"{n - embeddings:,}")]
     table(f"parameters ({vocab_size:,} tokens, {block_size:,} positions)", rows)
 
-    training, six_n = 3 * sum(flops.values()), 6 * (n - n_positions)
+    training, six_n = 3 * sum(flops.values()), 6 * (n - lookups)
     rows = [(part, f"{f:,}", f"{3 * f:,}", f"{3 * f / training:.1%}") for part, f in flops.items()]
     rows += [("total", f"{training // 3:,}", f"{training:,}")]
-    rows += [("6 N, without position embedding", "", f"{six_n:,}", f"{six_n / training:.1%}")]
+    rows += [("6 N, without tables that are looked up", "", f"{six_n:,}", f"{six_n / training:.1%}")]
     table("FLOPs per token: forward, training", rows)
 
     t, ema = cfg.trainer, any(c and c["_target_"].endswith(".EMA") for c in (cfg.callbacks or {}).values())

@@ -34,7 +34,7 @@ def export_hf(cfg: config.Export) -> None:
 
 
 def folder_content(model: Any, tokenizer: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-    """JSON files by name, and the weights. Raises UserError for a custom model or tokenizer."""
+    """JSON files by name, and the weights. Raises UserError for a custom model or tokenizer, or one that GPT-2's format cannot express."""
     from gptlab import pretrained, tokenizer_json
     from gptlab.model import GPT
 
@@ -43,7 +43,10 @@ def folder_content(model: Any, tokenizer: Any) -> tuple[dict[str, Any], dict[str
             f"{type(model).__name__} is a custom model; Hugging Face's GPT-2 can express gptlab.model.GPT alone"
         )
     tokens = tokenizer_json.to_json(tokenizer)
-    architecture, weights = pretrained.to_hf(model)
+    try:
+        architecture, weights = pretrained.to_hf(model)
+    except ValueError as error:
+        raise UserError(f"{error}; export a model without them") from None
     end = {"bos_token": tokenizer.END_OF_TEXT, "eos_token": tokenizer.END_OF_TEXT} if tokens["added_tokens"] else {}
     ids = {f"{token}_id": tokenizer.end_of_text for token in end}
     files = {

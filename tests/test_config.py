@@ -308,7 +308,7 @@ RULES = {
         (("train",), {"trainer.extra": {"plugins": []}}, "trainer.extra.plugins is set by gptlab"),
         (("train",), {"trainer.extra": {"limit_val_batches": 3}}, None),
     ],
-    "cosine_falls": [
+    "schedule_falls": [
         (("train",), {"optim.min_lr": 0.01}, "optim.min_lr=0.01 must be <= optim.lr=0.001"),
         (("train",), {"optim.min_lr": 0.001}, None),
         (("train",), {"optim.min_lr": 0.01, "optim.schedule": "constant"}, None),

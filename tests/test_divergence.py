@@ -57,7 +57,7 @@ def after(steps: list[int]) -> dict[str, torch.Tensor]:
     would be if the others had not happened."""
     module = make_module(micro_batch_size=5)
     data = list(batches(6))
-    optimizer = optim.adamw(module.model, lr=1e-3, betas=(0.9, 0.99), weight_decay=0.1, fused=True)
+    optimizer = optim.build(module.model, lr=1e-3, betas=(0.9, 0.99), weight_decay=0.1, fused=True)
     for step in steps:
         optimizer.zero_grad(set_to_none=True)
         for group in optimizer.param_groups:

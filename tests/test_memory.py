@@ -104,7 +104,7 @@ def resident(key):
     return int(re.search(key + r":\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
 
 def train(model, batch):
-    optimizer = optim.adamw(model, lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+    optimizer = optim.build(model, lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
     for _ in range(2):
         F.cross_entropy(model(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten(), reduction="sum").backward()
         optimizer.step()

@@ -54,7 +54,7 @@ def test_skipping_on_the_device_does_what_skipping_on_the_host_does(norm):
     for wait in (True, False):
         layer = torch.nn.Linear(2, 1, bias=False)
         torch.nn.init.ones_(layer.weight)
-        adamw = optim.adamw(layer, lr=0.1, betas=(0.9, 0.99), weight_decay=0.1, fused=True)
+        adamw = optim.build(layer, lr=0.1, betas=(0.9, 0.99), weight_decay=0.1, fused=True)
         layer.weight.grad = torch.full((1, 2), norm)
         optim.skip_unless_finite(adamw, torch.tensor(norm), wait=wait)
         adamw.step()
