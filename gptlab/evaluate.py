@@ -15,9 +15,11 @@ UNITS = {"loss": "nats per token", "accuracy": "of the problems answered exactly
 def evaluate(cfg: config.Evaluate) -> None:
     """Print a table, and write it to `out`. With the precision, windows, threads and linear layers of its run, a checkpoint gets the very
     numbers of its validation."""
+    from gptlab import linear, sources, train
+
+    train.import_lightning()
     import torch
 
-    from gptlab import linear, sources, train
     from gptlab.data.files import available_cores
     from gptlab.sample import choose_device
 
@@ -77,9 +79,7 @@ def measure(model: Any, data: Any, device: Any, precision: str) -> dict[str, flo
 
     from gptlab.callbacks.exact_match import ExactMatch
     from gptlab.module import GPTModule
-    from gptlab.train import quiet_lightning
 
-    quiet_lightning()
     if device.type != "cpu":
         torch.set_float32_matmul_precision("high")  # as in training
     module = GPTModule(

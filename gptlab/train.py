@@ -10,6 +10,7 @@ import os
 import shutil
 import sys
 import time
+import types
 import warnings
 from pathlib import Path
 from typing import Any
@@ -31,9 +32,9 @@ def train(cfg: config.Train) -> float | None:
         logging.disable()  # the first one speaks for all
     gc.disable()  # until training starts: tracing a million new objects would be a quarter of the start
     run = Run(HydraConfig.get().runtime.output_dir)
+    import_lightning()
     from gptlab.loggers import make_loggers
 
-    quiet_lightning()
     resolve_autos(cfg)
     ckpt, state = resume.find_state(run) if cfg.resume else (None, {})
     trust = bool(config.foreign_parts(cfg.model_dump()))  # what a resume will need
@@ -115,10 +116,17 @@ def resolve_autos(cfg: config.Train) -> None:
         cli.notes.append(note)
 
 
-def quiet_lightning() -> None:
-    """Silence what a user can do nothing about: an advertisement, duplicated lines, advice on loaders."""
-    import lightning  # noqa: F401  (its import installs the handlers)
+def import_lightning() -> None:
+    """Import Lightning sooner and quieter: without advertisements, duplicated lines, and advice on loaders.
 
+    torchmetrics imports all of scipy.signal, which takes a second, only to add a name of old versions to it.
+    """
+    placeholder = types.SimpleNamespace(hamming=None)
+    absent = sys.modules.setdefault("scipy.signal", placeholder) is placeholder
+    import lightning  # noqa: F401
+
+    if absent:
+        del sys.modules["scipy.signal"]
     for name in ("lightning", "lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).handlers.clear()
         logging.getLogger(name).setLevel(logging.WARNING)

@@ -146,7 +146,10 @@ RANGES = {
     **dict.fromkeys(("data.path", "data.val_path", "data.url", "data.sha256", "data.folder", "data.fallback"), OPTIONAL_STRING),
     "data.file": (["a.txt"], ["../a", "/a", ".a", "", None, 5]), "data.tokenizer": (["char", "gpt2", "bpe", "init_from"], ["word", "", None, True]), "data.vocab_size": ([None, *VOCAB[0]], VOCAB[1]),
     "optim.lr": ([1e-9, 1e30], [0, -1, INF, NAN, None, True, "1"]), "optim.min_lr": AMOUNT, "optim.weight_decay": AMOUNT, "optim.grad_clip": AMOUNT,
-    "optim.schedule": (["cosine", "constant"], ["linear", None, True]), "optim.warmup_steps": STEPS_OR_AUTO, "trainer.threads": COUNT_OR_AUTO, "trainer.linear": (["auto", "torch", "onednn"], ["mkl", "", None, True, 1]), "optim.decay_steps": SIZE,
+    "optim.schedule": (["cosine", "linear", "constant"], ["step", None, True]), "optim.cooldown": ([0.1, 1], [0, 1.1, NAN, None]), "optim.momentum": FRACTION,
+    **dict.fromkeys(("optim.muon_lr", "optim.embedding_lr", "optim.head_lr"), ([None, 1e-9, 3], [0, -1, INF, True, "1"])), "optim.newton_schulz_steps": ([1, 20], [0, 21, 1.5, None]),
+    "model.position": (["learned", "rotary"], ["alibi", None, True]), "model.tie_weights": SWITCH, "model.ngrams": ([[], [2], [2, 3, 8]], [[1], [9], ["2"], None, 2]), "model.ngram_rows": ([1, 2**24], [0, 2**24 + 1, None]),
+    "optim.warmup_steps": STEPS_OR_AUTO, "trainer.threads": COUNT_OR_AUTO, "trainer.linear": (["auto", "torch", "onednn"], ["mkl", "", None, True, 1]), "optim.decay_steps": SIZE,
     "optim.skip_nonfinite": SIZE, "optim.betas": ([[0, 0.999], [0.9, 0.0]], [[], [0.9], [0.9, 0.9, 0.9], [0.9, 1], [-0.1, 0.9], [NAN, 0.9], [0.9, "0.9"], None, 0.9]),
     **dict.fromkeys(("trainer.max_steps", "trainer.val_every", "trainer.log_every", "trainer.checkpoint_every", "trainer.devices", "trainer.num_nodes"), COUNT),
     "trainer.keep_every": OPTIONAL_COUNT,
@@ -322,6 +325,17 @@ RULES = {
         (("train",), {"optim.warmup_steps": 20, "trainer.max_steps": 10, "resume": "run"}, None),  # to end a run early
         (("train",), {"optim.warmup_steps": 20, "optim.decay_steps": 10, "resume": "run"}, "use a larger optim.decay_steps"),
     ],
+    "muon_has_limits": [
+        (("train",), {"optim.muon_lr": 0.02, "trainer.strategy": "fsdp", "trainer.devices": 2}, "optim.muon_lr needs whole matrices"),
+        (("train",), {"optim.muon_lr": 0.02, "trainer.strategy": "fsdp"}, None),
+        (("train",), {"optim.muon_lr": 0.02, "trainer.devices": 2}, None),
+        (("train",), {"optim.muon_lr": 0.02, "trainer.precision": "fp16", "trainer.accelerator": "gpu"}, "optim.muon_lr does not work with trainer.precision=fp16"),
+    ],
+    "rotary_turns_pairs": [
+        (("train",), {"model.position": "rotary", "model.n_embd": 12}, "model.n_embd=12 must be divisible by 8"),
+        (("train",), {"model.position": "rotary"}, None),
+        (("train",), {"model.n_embd": 12}, None),
+    ],
     "profile_fits": [
         (PROFILE, {"trainer.max_steps": 14}, "callbacks.profile needs 15 steps; add trainer.max_steps=15"),
         (PROFILE, {"trainer.max_steps": 15}, None),
@@ -442,7 +456,7 @@ def test_a_value_that_others_repeat_is_reported_once_where_it_was_given():
         ({"trainer.max_steps": 0}, "trainer.max_steps=0: must be >= 1"),
         ({"trainer.max_steps": None}, "trainer.max_steps=null: must be an integer"),
         ({"model.bias": "yes"}, "model.bias=yes: must be true or false"),
-        ({"optim.schedule": "linear"}, "optim.schedule=linear: must be cosine or constant"),
+        ({"optim.schedule": "step"}, "optim.schedule=step: must be cosine, linear or constant"),
     ],
 )  # fmt: skip
 def test_hints(changes, said):

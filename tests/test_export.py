@@ -160,6 +160,17 @@ def test_custom_classes_are_refused_by_name(script):
         script["folder_content"](gpt(), type("SimpleTokenizer", (CharTokenizer,), {})("0123456789+"))
 
 
+@pytest.mark.parametrize(
+    ("option", "key"), [({"position": "rotary"}, "model.position=rotary"), ({"ngrams": [2]}, "model.ngrams"),
+                        ({"tie_weights": False}, "model.tie_weights=false")]
+)  # fmt: skip
+def test_what_gpt2_lacks_is_refused_by_key(script, option, key):
+    """Exported without it, the model would give other logits without a word."""
+    model = GPT(vocab_size=5, block_size=4, n_layer=1, n_head=2, n_embd=8, **option)
+    with pytest.raises(UserError, match=f"cannot express {key}; export a model without"):
+        script["folder_content"](model, CharTokenizer.from_text("abcde"))
+
+
 def test_a_folder_is_complete_or_absent(script, tmp_path):
     """An unwritable place, a file that cannot be written: one error, and nothing is left."""
     files, weights = script["folder_content"](gpt(), CharTokenizer("0123456789+"))

@@ -26,7 +26,7 @@ from gptlab.module import GPTModule
 
 STEPS, SEQUENCES, VOCAB, T, C = 20, 6, 13, 8, 16
 OPTIM = {"lr": 2e-2, "min_lr": 2e-3, "schedule": "cosine", "warmup_steps": 4, "decay_steps": 16, "weight_decay": 0.1,
-         "betas": [0.9, 0.99], "grad_clip": 1.0, "skip_nonfinite": 0}  # fmt: skip
+         "betas": [0.9, 0.99], "grad_clip": 1.0, "skip_nonfinite": 0, "cooldown": 1.0}  # fmt: skip
 # Between 1 and 2 threads, AVX-512, AVX2 and neither, and against weights in float64, the losses differ by less than
 # 1e-6 of their value; the mutation nearest to the recorded numbers, tanh for erf, by 1e-4.
 TOLERANCE = 1e-5

@@ -8,7 +8,7 @@ import yaml
 from torch.nn import functional as F
 
 from gptlab.config import CONF
-from gptlab.model import GPT
+from gptlab.model import GPT, Rotary
 
 
 def small(**changes) -> GPT:
@@ -208,3 +208,78 @@ def test_flops_per_token():
     model = GPT(vocab_size=10, block_size=8, n_layer=1, n_head=1, n_embd=4)
     matrices = 10 * 4 + (4 * 12 + 4 * 4 + 4 * 16 + 16 * 4) + 3 * 4
     assert model.flops_per_token() == 6 * matrices + 12 * 1 * 4 * 8
+
+
+FAST = {"position": "rotary", "tie_weights": False, "ngrams": [2, 3, 5], "ngram_rows": 50}
+
+
+def fast_gpt(**changes):
+    """With n-gram tables, which start at zero, that matter."""
+    torch.manual_seed(0)
+    model = GPT(
+        **{"vocab_size": 11, "block_size": 12, "n_layer": 2, "n_head": 2, "n_embd": 16, **FAST, **changes}
+    ).eval()
+    for table in model.transformer.ngrams.tables if "ngrams" in model.transformer else ():
+        torch.nn.init.normal_(table.weight)
+    return model
+
+
+def test_ngrams_and_rotary_positions_see_no_later_token():
+    """On the very options of the speedrun: another token changes the logits at its position and after it, none before."""
+    model, ids = fast_gpt(), torch.randint(11, (1, 12))
+    before = model(ids)
+    for position in range(12):
+        changed = ids.clone()
+        changed[0, position] = (changed[0, position] + 1) % 11
+        different = (model(changed) != before).any(dim=-1)[0]
+        assert not different[:position].any() and different[position:].all()
+
+
+@pytest.mark.parametrize("prompt", [1, 2, 7])
+def test_a_cache_changes_no_logits(prompt):
+    """n-grams reach back over what was cached, and rotary positions continue: token by token as all at once."""
+    model, ids = fast_gpt(), torch.randint(11, (3, 12))
+    cache = model.new_cache(3)
+    logits = [model(ids[:, :prompt], cache), *(model(ids[:, i : i + 1], cache) for i in range(prompt, 12))]
+    torch.testing.assert_close(torch.cat(logits, dim=1), model(ids)[:, prompt - 1 :])
+
+
+def test_ngram_rows_are_the_last_tokens():
+    """Against a dictionary: equal n-grams have equal rows; where the table is large enough, others have others, and one
+    before the text counts as a token of its own."""
+    ngrams = fast_gpt(ngrams=[3], ngram_rows=12**3).transformer.ngrams
+    (table,) = ngrams.tables
+    assert table.weight.shape == (12**3, 16)
+    ids, rows = torch.randint(11, (4, 12)), {}
+    vectors = ngrams(ids, None)
+    for row, out in zip(ids.tolist(), vectors, strict=True):
+        for i, vector in enumerate(out):
+            key = tuple(([None, None, *row])[i : i + 3])
+            assert torch.equal(rows.setdefault(key, vector), vector)
+    assert len({tuple(vector.tolist()) for vector in rows.values()}) == len(rows)
+    hashed = fast_gpt(vocab_size=50_257, ngrams=[2, 8], ngram_rows=1000).transformer.ngrams
+    used = [table.weight.grad.any(dim=1).sum() for table in hashed.tables
+            if hashed(torch.randint(50_257, (100, 12)), None).sum().backward() is None]  # fmt: skip
+    assert all(count > 600 for count in used)  # 1,200 n-grams: 699 rows if the hash spreads them evenly
+
+
+def test_rotary_products_depend_on_the_distance():
+    """A shift of all positions leaves the scores as they are; without rotation they would not depend on positions at all."""
+    rotary = Rotary(8, 32)
+    q, k = torch.randn(2, 1, 1, 8, 8)
+
+    def scores(start):
+        return rotary(q, start) @ rotary(k, start).mT
+
+    torch.testing.assert_close(scores(0), scores(20), rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(scores(0), q @ k.mT)
+
+
+def test_an_untied_head_and_tables_count_once():
+    """flops_per_token: six for each weight of a matrix product; tables that are looked up cost nothing."""
+    model = fast_gpt()
+    matrices = sum(
+        p.numel() for name, p in model.named_parameters() if ".h." in name or "lm_head" in name or "ln_f" in name
+    )
+    assert model.flops_per_token() == 6 * matrices + 12 * 2 * 16 * 12
+    assert model.lm_head.weight is not model.transformer.wte.weight

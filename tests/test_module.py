@@ -15,7 +15,7 @@ from gptlab.model import GPT
 from gptlab.module import GPTModule
 
 OPTIM = {"lr": 1e-3, "min_lr": 1e-4, "schedule": "cosine", "warmup_steps": 2, "decay_steps": 10, "weight_decay": 0.1,
-         "betas": [0.9, 0.99], "grad_clip": 1.0, "skip_nonfinite": 0}  # fmt: skip
+         "betas": [0.9, 0.99], "grad_clip": 1.0, "skip_nonfinite": 0, "cooldown": 1.0}  # fmt: skip
 VOCAB, T = 11, 6
 
 

@@ -37,7 +37,7 @@ from gptlab.module import GPTModule
 SEEDS = st.integers(0, 2**32 - 1)
 FEW = settings(max_examples=25, deadline=None)
 OPTIM = {"lr": 5e-3, "min_lr": 1e-4, "schedule": "constant", "warmup_steps": 10, "decay_steps": 0, "weight_decay": 0.0,
-         "betas": [0.9, 0.95], "grad_clip": 1.0, "skip_nonfinite": 0}  # fmt: skip
+         "betas": [0.9, 0.95], "grad_clip": 1.0, "skip_nonfinite": 0, "cooldown": 1.0}  # fmt: skip
 
 
 def addition(ndigit: int, seed=1, batch_size=12, **windows) -> AdditionData:
