@@ -246,7 +246,7 @@ def test_time_to_loss_takes_a_seed_a_round(tmp_path, monkeypatch, peers):
     run(monkeypatch, "time_to_loss", "model.n_layer=2", *peers, *argv)
     values = json.loads(out.read_text())["values"]
     name = "shakespeare_char_speedrun_160"
-    assert values["nanoGPT, loss"] == [1.9, 1.9] and values[f"{name}, loss (target 1.60)"] == [1.6, 1.62]
+    assert values["nanoGPT, loss"] == [1.9, 1.9] and values[f"{name}, loss (target 1.60 in 1/2)"] == [1.6, 1.62]
     assert values[f"nanoGPT / {name}"] == [3.0, 3.0]
     recipe = next(command for command in commands if "train.py" in command)
     assert "train.py config/train_shakespeare_char.py" in recipe and "--max_iters=2000" in recipe
