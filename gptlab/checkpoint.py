@@ -6,6 +6,7 @@ import math
 import pickle
 import shlex
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -75,17 +76,18 @@ def check_sizes(config: dict[str, Any], vocab_size: int, weights: dict[str, Any]
     """Raise ValueError if the config of a GPT does not fit its weights, before memory is allocated for what it says."""
     from gptlab.model import GPT
 
-    model = {"bias": False, "vocab_multiple": 1, **config["model"]}
+    model = {"bias": False, "vocab_multiple": 1, "ngrams": [], "ngram_rows": 1, **config["model"]}
     for name, parameter in inspect.signature(GPT).parameters.items():
-        types = (int, float) if parameter.annotation is float else (parameter.annotation,)
+        types = {float: (int, float), Sequence[int]: (list,)}.get(parameter.annotation, (parameter.annotation,))
         if name in model and type(model[name]) not in types:
-            raise ValueError(f"model.{name} must be of type {parameter.annotation.__name__}")
+            raise ValueError(f"model.{name} must be of type {types[-1].__name__}")
+    if not all(type(n) is int and 2 <= n <= 8 for n in model["ngrams"]):
+        raise ValueError("model.ngrams must be sizes from 2 to 8")
+    if min(model["vocab_multiple"], model["ngram_rows"]) < 1:
+        raise ValueError("model.vocab_multiple and model.ngram_rows must be >= 1")
     if type(config["data"]["block_size"]) is not int or not 1 <= model["n_layer"] <= len(weights):
         raise ValueError("data.block_size or model.n_layer does not fit the weights")
-    if model["vocab_multiple"] < 1:
-        raise ValueError("model.vocab_multiple must be >= 1")
-    padded = vocab_size + -vocab_size % model["vocab_multiple"]
-    shapes = shapes_of(model, padded, config["data"]["block_size"])
+    shapes = shapes_of(model, vocab_size, config["data"]["block_size"])
     if {name: tuple(w.shape) for name, w in weights.items()} != shapes:
         raise ValueError("the weights do not have the shapes that the config describes")
     if 4 * sum(map(math.prod, shapes.values())) > 2 * file_size:  # tied weights count twice

@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, create_model
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, create_model
 
 from gptlab.errors import UserError
 from gptlab.targets import foreign_targets
@@ -61,6 +61,12 @@ def _or_auto(least: int) -> Callable[[Any], Any]:
     return check
 
 
+def _distinct(values: list[Any]) -> list[Any]:
+    if len(values) > len({*values}):
+        raise ValueError("must be different sizes")
+    return values
+
+
 def _folder_name(value: Any) -> Any:
     if isinstance(value, str) and ({"", ".", ".."} & set(value.split("/")) or not value.isprintable()):
         raise ValueError("must be the name of a folder inside outputs/")
@@ -104,7 +110,7 @@ class GPT(Node):
     # Runs of an older gptlab have no keys with a default.
     position: Literal["learned", "rotary"] = "learned"
     tie_weights: bool = True
-    ngrams: list[Annotated[Int, Field(ge=2, le=8)]] = []
+    ngrams: Annotated[list[Annotated[Int, Field(ge=2, le=8)]], AfterValidator(_distinct)] = []
     ngram_rows: Annotated[Int, Field(ge=1, le=2**24)] = 16384
     vocab_multiple: Count
     activation_checkpointing: bool
@@ -240,6 +246,11 @@ NODES = {
 }
 
 
+# Keys that runs of an older gptlab lack, and the values that they had in effect.
+ADDED = {f"{at}.{name}": field.default for at, node in (("model", GPT), ("optim", Optim))
+         for name, field in node.model_fields.items() if not field.is_required()}  # fmt: skip
+
+
 class Custom(Node):
     """A node that builds a custom class."""
 
@@ -368,6 +379,16 @@ def foreign_parts(values: dict[str, Any]) -> list[str]:
     url = select(values, "data.url")
     known = url is None or any(f"\nurl: {url}\n" in text for text in texts)
     return foreign_targets(values, NODES) + ([] if known else [str(url)[:100]])
+
+
+def with_added(values: dict[str, Any]) -> dict[str, Any]:
+    """A saved config with the keys that an older gptlab did not have."""
+    own_model = select(values, "model._target_") == "gptlab.model.GPT"
+    for key, default in ADDED.items():
+        node = select(values, key.partition(".")[0])
+        if isinstance(node, dict) and key.partition(".")[2] not in node and (own_model or key.startswith("optim.")):
+            values = with_value(values, key, default)
+    return values
 
 
 def is_known(node: dict[str, Any]) -> bool:

@@ -43,9 +43,13 @@ def evaluate(cfg: config.Evaluate) -> None:
     if device.type == "cpu" and isinstance(threads, int) and 1 <= threads <= 4 * available_cores():
         torch.set_num_threads(threads)  # the last bits depend on it
     model = source.model
-    layers = "onednn" if settings.get("linear") == "onednn" and linear.has_operators() else "torch"
-    if layers == "onednn":
-        linear.use_onednn(model)
+    layers = "torch"
+    if settings.get("linear") == "onednn" and device.type == "cpu" and precision == "32":
+        if linear.has_operators():
+            linear.use_onednn(model)
+            layers = "onednn"
+        else:
+            print("WARNING: this torch lacks oneDNN's linear layers, which the run had; the last digits may differ")
     if source.config["model"].get("compile") is True:
         model.compile()
     measured = measure(model, data, device, precision)

@@ -22,12 +22,14 @@ TRIES, MARGIN = 3, 1.15  # oneDNN must be so much faster: its answer changes a r
 def linear_matters(cfg: Any) -> bool:
     """Whether the linear layers of a run, config.Train, can be oneDNN's. Several processes might measure different answers."""
     t = cfg.trainer
-    alone = t.devices * t.num_nodes == 1
-    return alone and t.accelerator == "cpu" and t.precision in ("auto", "32") and not cfg.model.get("compile")
+    alone, in_float32 = t.devices * t.num_nodes == 1, t.precision == "32"
+    if t.precision == "auto":
+        in_float32 = not {"avx512_bf16", "amx_tile"} & {*cpu_info().get("flags", "").split()}  # as linear.fast_bf16
+    return alone and in_float32 and t.accelerator == "cpu" and not cfg.model.get("compile")
 
 
 def fastest_linear() -> str:
-    """The faster one of CHOICES in float32, forward and backward. Measured (0.2 s) once per CPU model and version of torch, and
+    """The faster one of CHOICES in float32, forward and backward. Measured (0.3 s) once per CPU model and version of torch, and
     kept in gptlab's folder for downloads."""
     file, key, known = data_folder(None) / "linear.json", f"{cpu_model()}, torch {version('torch')}", {}
     with contextlib.suppress(OSError, ValueError, RecursionError):
@@ -40,12 +42,17 @@ def fastest_linear() -> str:
     return known[key]
 
 
-def cpu_model() -> str:
-    """Its name, and a hash of its features: virtual machines hide either."""
+def cpu_info() -> dict[str, str]:
+    """What Linux says about the first CPU."""
     lines = []
     with contextlib.suppress(OSError):
         lines = CPUINFO.read_text("utf-8", errors="replace").splitlines()
-    found = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in reversed(lines))}
+    return {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in reversed(lines))}
+
+
+def cpu_model() -> str:
+    """Its name, and a hash of its features: virtual machines hide either."""
+    found = cpu_info()
     features = hashlib.sha256(found.get("flags", "").encode()).hexdigest()[:8]
     return f"{found.get('model name') or platform.processor()} {features}"
 

@@ -13,6 +13,7 @@ import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -25,6 +26,7 @@ from gptlab.errors import UserError
 from gptlab.model import nats
 
 CGROUP, OWN_CGROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+ADAMW = {"lr": 1.0, "betas": (0.9, 0.99), "weight_decay": 0.0}
 LESS_MEMORY = "use a smaller model or data.block_size, model.activation_checkpointing=true, or trainer.precision=bf16 (in a new run)"
 
 
@@ -71,6 +73,7 @@ def estimate_step(
     sequences: int,  # of an optimizer step, in this process
     micro_batch_size: int,
     precision: str,  # 32, bf16 or fp16
+    optim_config: dict[str, Any] | None = None,  # the keys of conf/optim; default: AdamW
     device_type: str,
     averaged: bool = False,  # EMA keeps a second copy of the weights
     distributed: bool = False,  # DDP keeps a second copy of the gradients
@@ -84,7 +87,7 @@ def estimate_step(
             model = build()
             _copies = [torch.empty_like(p) for p in model.parameters() for _ in range(averaged + distributed)]
             fused = device_type in ("cpu", "cuda") and precision != "fp16"
-            optimizer = optim.build(model, lr=0.0, betas=(0.9, 0.99), weight_decay=0.0, fused=fused)
+            optimizer = optim.build(model, fused=fused, **(optim_config or ADAMW))
             trained = [p for p in model.parameters() if p.requires_grad]
             several = sequences > micro_batch_size  # the gradients of one micro-batch are there during the next
             for parameter in trained:

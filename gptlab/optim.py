@@ -1,6 +1,7 @@
 """What moves the weights: which parameters decay, AdamW and Muon, and the learning rate as a function of the step."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -8,23 +9,25 @@ from torch import Tensor, nn
 
 
 def parameter_groups(model: nn.Module, weight_decay: float, lr: float, lr_of: dict[str, float]) -> list[dict]:
-    """Groups of parameters with `weight_decay` (matrices, embeddings included; not biases and norms) and `lr_scale`, their
-    learning rate's ratio to `lr`, for those kinds that have one in `lr_of` ("embedding", "head", "block").
+    """Groups of parameters: those that decay (matrices, embeddings included) and those that do not (biases and norms), and
+    one per kind of matrix with a learning rate of its own in `lr_of`: "embedding", "head" or "block". Its ratio to `lr`
+    is the group's `lr_scale`.
 
-    Every trainable parameter is in exactly one of them; a tied one counts once. Groups without parameters are left out.
+    Every trainable parameter is in exactly one of them; a tied one counts once.
     """
     embeddings = {p for module in model.modules() if isinstance(module, nn.Embedding) for p in module.parameters()}
-    groups = {}
+    decay = {"params": [], "kind": "rest", "weight_decay": weight_decay, "lr_scale": 1.0}
+    kinds = {kind: {**decay, "params": [], "kind": kind, "lr_scale": rate / lr} for kind, rate in lr_of.items()}
+    no_decay = {**decay, "params": [], "weight_decay": 0.0}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        is_matrix = parameter.dim() >= 2
         kind = "embedding" if parameter in embeddings else "head" if "lm_head" in name else "block"
-        kind = kind if is_matrix and kind in lr_of else "rest"
-        options = {"weight_decay": weight_decay if is_matrix else 0.0, "lr_scale": lr_of.get(kind, lr) / lr}
-        group = groups.setdefault((kind, is_matrix), {"params": [], "kind": kind, **options})
-        group["params"].append(parameter)
-    return sorted(groups.values(), key=lambda group: -group["params"][0].dim())  # decaying ones first
+        if parameter.dim() < 2:
+            no_decay["params"].append(parameter)
+        else:
+            kinds.get(kind if parameter.dim() == 2 else "rest", decay)["params"].append(parameter)
+    return [decay, *(group for group in kinds.values() if group["params"]), no_decay]
 
 
 def build(model: nn.Module, *, fused: bool, lr: float, betas: tuple[float, float], weight_decay: float,
@@ -36,10 +39,12 @@ def build(model: nn.Module, *, fused: bool, lr: float, betas: tuple[float, float
     clipped.
     """
     rates = {"block": muon_lr, "embedding": embedding_lr, "head": head_lr}
-    groups = parameter_groups(model, weight_decay, lr, {kind: rate for kind, rate in rates.items() if rate})
-    if muon_lr is None:
-        return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=fused)
-    return Muon(groups, lr=lr, betas=betas, fused=fused, momentum=momentum, steps=newton_schulz_steps)
+    groups = parameter_groups(model, weight_decay, lr, {kind: rate for kind, rate in rates.items() if rate is not None})
+    for group in groups:
+        if group["kind"] == "block":
+            group |= {"momentum": momentum, "steps": newton_schulz_steps}
+    optimizer = Muon if muon_lr is not None else torch.optim.AdamW
+    return optimizer(groups, lr=lr, betas=tuple(betas), fused=fused)
 
 
 class Muon(torch.optim.AdamW):
@@ -49,38 +54,41 @@ class Muon(torch.optim.AdamW):
     directions learn equally fast. Matrices of equal shape are handled as one batch.
     """
 
-    def __init__(self, groups: list[dict], *, momentum: float, steps: int, **adamw: Any) -> None:
-        super().__init__(groups, **adamw)
-        self.momentum, self.steps = momentum, steps
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        torch.optim.Optimizer.__setstate__(self, state)  # AdamW's looks for its own state in every parameter
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:
+    def step(self, closure: Callable[[], Any] | None = None) -> None:
+        if closure is not None:  # Lightning's, which clips gradients
+            with torch.enable_grad():
+                closure()
         groups = self.param_groups
         for group in groups:
             if group["kind"] == "block":
-                by_shape = {}
-                for parameter in group["params"]:
-                    if parameter.grad is not None:  # a step that is skipped has none
-                        by_shape.setdefault(parameter.shape, []).append(parameter)
-                for parameters in by_shape.values():
-                    self._move(parameters, group["lr"], group["weight_decay"])
-        self.param_groups = [group for group in groups if group["kind"] != "block"]
-        super().step()
-        self.param_groups = groups
+                self._step_matrices(group)
+        try:
+            self.param_groups = [group for group in groups if group["kind"] != "block"]
+            super().step()
+        finally:
+            self.param_groups = groups
 
-    def _move(self, parameters: list[nn.Parameter], lr: float, weight_decay: float) -> None:
-        """One step of matrices of the same shape."""
-        gradients = torch.stack([p.grad for p in parameters])
-        kept = [self.state[p].setdefault("momentum", torch.zeros_like(p)) for p in parameters]
-        average = torch.stack(kept).lerp_(gradients, 1 - self.momentum)
-        moves = orthogonalize(gradients.lerp(average, self.momentum), self.steps)
+    def _step_matrices(self, group: dict[str, Any]) -> None:
+        by_shape: dict[torch.Size, list[nn.Parameter]] = {}
+        for parameter in group["params"]:
+            if parameter.grad is not None:  # a step that is skipped has none
+                by_shape.setdefault(parameter.shape, []).append(parameter)
+                if parameter not in self.state:
+                    self.state[parameter]["momentum"] = torch.zeros_like(parameter)
         skipped = getattr(self, "found_inf", None)  # on the device, see skip_unless_finite
-        for parameter, before, after, move in zip(parameters, kept, average, moves, strict=True):
-            new = (parameter * (1 - lr * weight_decay)).sub_(move, alpha=lr)
-            if skipped is not None:
-                after, new = torch.where(skipped > 0, before, after), torch.where(skipped > 0, parameter, new)
-            before.copy_(after)
-            parameter.copy_(new)
+        for parameters in by_shape.values():
+            gradients = torch.stack([p.grad for p in parameters])
+            averages = torch.stack([self.state[p]["momentum"] for p in parameters])
+            averages.lerp_(gradients, 1 - group["momentum"])
+            updates = orthogonalize(gradients.lerp_(averages, group["momentum"]), group["steps"])
+            for parameter, average, update in zip(parameters, averages, updates, strict=True):
+                new = (parameter * (1 - group["lr"] * group["weight_decay"])).sub_(update, alpha=group["lr"])
+                for old, value in ((self.state[parameter]["momentum"], average), (parameter, new)):
+                    old.copy_(value if skipped is None else torch.where(skipped > 0, old, value))
 
 
 def orthogonalize(matrices: Tensor, steps: int) -> Tensor:

@@ -3,6 +3,7 @@
 Hugging Face stores the matrices of a block as (in, out), a `Conv1D`, where `nn.Linear` has (out, in); all else is alike.
 """
 
+import math
 import reprlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -119,7 +120,7 @@ def to_hf(model: GPT) -> tuple[dict[str, Any], dict[str, Tensor]]:
         "model.tie_weights=false": model.lm_head.weight is not model.transformer.wte.weight,
     }
     if any(has.values()):
-        raise ValueError(f"Hugging Face's GPT-2 cannot express {', '.join(key for key in has if has[key])}")
+        raise ValueError(f"{', '.join(key for key in has if has[key])}: Hugging Face's GPT-2 has no such option")
     weights = {}
     for name, weight in model.state_dict().items():
         if name != HEAD:  # tied
@@ -151,9 +152,9 @@ def copy_weights(weights: Mapping[str, Tensor], model: GPT) -> None:
     Raises:
         ValueError: weights that the model lacks, or of other shapes; nothing is copied then.
     """
-    rows = {WTE: model.vocab_size, WPE: model.block_size}
+    rows = {WTE: model.vocab_size, HEAD: model.vocab_size, WPE: model.block_size}
     sources, targets = (
-        {name: tensor[: rows.get(name)] if name in rows else tensor for name, tensor in tensors.items() if name != HEAD}
+        {name: tensor[: rows.get(name)] if name in rows else tensor for name, tensor in tensors.items()}
         for tensors in (weights, model.state_dict())
     )
     _require_shapes(sources, {name: target.shape for name, target in targets.items()})
@@ -163,14 +164,18 @@ def copy_weights(weights: Mapping[str, Tensor], model: GPT) -> None:
 
 def shapes_of(model: Mapping[str, Any], vocab_size: int, block_size: int) -> dict[str, tuple[int, ...]]:
     """Shapes in the `state_dict()` of a GPT with these keys of conf/model: computed, so that huge ones take nothing."""
-    C = model["n_embd"]
+    C, options = model["n_embd"], {"vocab_multiple": 1, "position": "learned", "ngrams": (), **model}
+    padded = math.ceil(vocab_size / options["vocab_multiple"]) * options["vocab_multiple"]
+    tables = {WTE: padded, HEAD: padded} | ({WPE: block_size} if options["position"] == "learned" else {})
+    for i, n in enumerate(options["ngrams"]):
+        tables[f"transformer.ngrams.tables.{i}.weight"] = min((vocab_size + 1) ** n, model["ngram_rows"])
     block = {"ln_1": (C,), "attn.c_attn": (3 * C, C), "attn.c_proj": (C, C),
              "ln_2": (C,), "mlp.c_fc": (4 * C, C), "mlp.c_proj": (C, 4 * C)}  # fmt: skip
     layers = {f"transformer.h.{i}.{name}": shape for i in range(model["n_layer"]) for name, shape in block.items()}
     layers["transformer.ln_f"] = (C,)
     weights = {f"{name}.weight": shape for name, shape in layers.items()}
     biases = {f"{name}.bias": shape[:1] for name, shape in layers.items()} if model["bias"] else {}
-    return {WTE: (vocab_size, C), WPE: (block_size, C), HEAD: (vocab_size, C), **weights, **biases}
+    return {**{name: (rows, C) for name, rows in tables.items()}, **weights, **biases}
 
 
 def _transpose(name: str, weight: Tensor) -> Tensor:

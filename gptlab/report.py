@@ -32,7 +32,9 @@ def announce(
     log.info("tokens per optimizer step: %s (%d sequences x %d tokens)", tokens, data.batch_size, data.block_size)
     o = module.optim_config
     end = f", {o['schedule']} to {o['min_lr']:g} at step {o['decay_steps']}" if o["schedule"] != "constant" else ""
-    log.info("learning rate: %g after %d warm-up steps%s", o["lr"], o["warmup_steps"], end)
+    own = {"blocks, by Muon": "muon_lr", "embeddings": "embedding_lr", "head": "head_lr"}
+    others = "".join(f", {what} {o[key]:g}" for what, key in own.items() if o[key] is not None)
+    log.info("learning rate: %g%s after %d warm-up steps%s", o["lr"], others, o["warmup_steps"], end)
     log.info("run folder: %s", run)
     if not any(isinstance(callback, Checkpointing) for callback in trainer.callbacks):
         log.warning(

@@ -147,6 +147,12 @@ def muon_has_limits(
         yield "optim.muon_lr does not work with trainer.precision=fp16; use bf16 or 32"
 
 
+@rule("optim.head_lr", "model.tie_weights", "model._target_")
+def tied_heads_are_embeddings(head_lr: float | None, tie_weights: Any, target: str) -> Iterator[str]:
+    if head_lr is not None and target in NODES and tie_weights:
+        yield f"optim.head_lr={head_lr}: the head is tied to the embedding; use optim.embedding_lr, or model.tie_weights=false"
+
+
 @rule("model.position", "model.n_embd", "model.n_head", "model._target_")
 def rotary_turns_pairs(position: Any, n_embd: Any, n_head: Any, target: str) -> Iterator[str]:
     if position == "rotary" and target in NODES and n_embd % (2 * n_head):

@@ -23,6 +23,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import IO, Any
 
+from gptlab.config import with_added
 from gptlab.errors import MissingFileError, UserError
 
 LOCK = ".lock"
@@ -181,7 +182,7 @@ class Run:
         except (OSError, yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
             raise UserError(f"cannot read {path}; restore it (checkpoints hold it as 'config'): {error}") from None
         config.pop("trust", None)
-        return config
+        return with_added(config)
 
     def write_description(
         self, config: dict[str, Any], *, data: dict[str, str], tokenizer: dict, device: str, resumed_at: int | None

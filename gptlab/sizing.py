@@ -23,6 +23,7 @@ EMBEDDINGS = ("token embedding", "position embedding", "n-gram tables")
 def size(cfg: config.Sizing) -> None:
     import torch
 
+    from gptlab import optim
     from gptlab.checkpoint import build_model
 
     vocab_size, block_size, batch_size, micro_batch_size = read_sizes(cfg)
@@ -53,9 +54,13 @@ def size(cfg: config.Sizing) -> None:
     processes = t.devices * t.num_nodes
     sequences = -(-batch_size // processes)
     size = {"sequences": sequences, "micro_batch_size": min(micro_batch_size or sequences, sequences)}
-    print_memory(build, t, n, block_size=block_size, **size, averaged=ema, distributed=processes > 1)
-    saved = (16 if ema else 12) * n + 1200 * len([*model.parameters()])  # names and zip records of each tensor
-    table("checkpoint", [("weights, AdamW's moments" + ", EMA" * ema, f"{saved:,} bytes")])
+    groups = optim.parameter_groups(model, 0.0, 1.0, {"block": 1.0} if cfg.optim.muon_lr is not None else {})
+    by_muon = sum(p.numel() for group in groups if group["kind"] == "block" for p in group["params"])
+    moments = 8 * n - 4 * by_muon
+    step = {"block_size": block_size, **size, "optim_config": cfg.optim.model_dump()}
+    print_memory(build, t, n, moments, **step, averaged=ema, distributed=processes > 1)
+    saved = (8 if ema else 4) * n + moments + 1200 * len([*model.parameters()])  # names and zip records of each tensor
+    table("checkpoint", [("weights, optimizer state" + ", EMA" * ema, f"{saved:,} bytes")])
 
     tokens = cfg.tokens or t.max_steps * batch_size * block_size
     peaks = {"flops_per_s": cfg.flops_per_s} if cfg.flops_per_s else PEAK_FLOPS
@@ -113,7 +118,7 @@ def forward_flops(model: Any, block_size: int) -> dict[str, int]:
             "MLP": 16 * L * C * C, "head": 2 * V * C}  # fmt: skip
 
 
-def print_memory(build: Callable[[], Any], t: config.Trainer, n: int, **step: Any) -> None:
+def print_memory(build: Callable[[], Any], t: config.Trainer, n: int, moments: int, **step: Any) -> None:
     """What an optimizer step takes in one process; for a GPU that torch does not see, estimated as on a CPU."""
     import torch
 
@@ -125,7 +130,7 @@ def print_memory(build: Callable[[], Any], t: config.Trainer, n: int, **step: An
     auto = "bf16" if t.accelerator != "cpu" or fast_bf16() else "32"
     precision = auto if t.precision == "auto" else t.precision
     estimate = estimate_step(build, device_type=device_type, precision=precision, **step)
-    sizes = {"weights": 4 * n, "gradients": 4 * n, "AdamW's moments": 8 * n}
+    sizes = {"weights": 4 * n, "gradients": 4 * n, "optimizer state": moments}
     if estimate:
         sizes |= {"copies (EMA, DDP)": 4 * n * (step["averaged"] + step["distributed"])}
         sizes |= {"activations": estimate.peak - estimate.state, "peak": estimate.peak}

@@ -25,6 +25,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from gptlab import checkpoint, nanogpt, pretrained, tokenizer_json
+from gptlab.config import with_added
 from gptlab.data.files import TIMEOUT, load_gpt2_tokenizer
 from gptlab.errors import MissingFileError, UserError
 from gptlab.run import Run, find_checkpoint
@@ -105,22 +106,27 @@ def architecture(name: str, meta: str | None = None) -> tuple[dict[str, Any], in
     UserError, also for a `meta` that they do not need."""
     if name in pretrained.GPT2:
         _refuse_meta(meta, name)
-        return {"_target_": checkpoint.GPT_TARGET, **pretrained.GPT2[name]}, pretrained.GPT2_BLOCK_SIZE
+        return gpt(pretrained.GPT2[name]), pretrained.GPT2_BLOCK_SIZE
     if (folder := _hf_folder(name)) is not None:
         _refuse_meta(meta, name)
         model, _, block_size = _readable(folder, lambda: pretrained.hf_architecture(_read_json(folder / "config.json")))
-        return {"_target_": checkpoint.GPT_TARGET, **model}, block_size
+        return gpt(model), block_size
     path = find_file(name)
     content = checkpoint.read_file(path, mmap=True)
     if nanogpt.is_nanogpt(content):
         weights = _readable(path, lambda: nanogpt.from_checkpoint(content))
-        return {"_target_": checkpoint.GPT_TARGET, **weights.model}, weights.block_size
+        return gpt(weights.model), weights.block_size
     _refuse_meta(meta, name)
     config = checkpoint.checked(path, content)["config"]
     model = {key: value for key, value in config["model"].items() if key not in OWN}
     if "_target_" not in model or not all(isinstance(key, str) for key in model):
         raise checkpoint.DamagedError(path, ValueError("it does not say which model it is"))
-    return model, config["data"].get("block_size")
+    return gpt(model) if model["_target_"] == checkpoint.GPT_TARGET else model, config["data"].get("block_size")
+
+
+def gpt(model: dict[str, Any]) -> dict[str, Any]:
+    """The node of a GPT that weights decide, with the keys that they, or an older gptlab, do not know of."""
+    return with_added({"model": {"_target_": checkpoint.GPT_TARGET, **model}})["model"]
 
 
 def _refuse_meta(meta: str | None, name: str) -> None:

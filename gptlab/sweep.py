@@ -221,8 +221,10 @@ def key_of(override: str) -> str:
 def identity(cfg: config.Train, values: dict[str, Any]) -> str:
     """Hash of a config, but for what a resume may change, unless it is swept."""
     free = {*resume.RESUME_MAY_CHANGE, *resume.FOLLOWS, "resume", "trust"} - values.keys()
-    kept = {key: value for key, value in resume.leaf_values(cfg.model_dump()) if key not in free}
-    options = {key: value for key, value in values.items() if key not in kept}
+    all_values = dict(resume.leaf_values(cfg.model_dump()))
+    kept = {key: value for key, value in all_values.items() if key not in free}
+    kept = {key: value for key, value in kept.items() if key not in config.ADDED or value != config.ADDED[key]}
+    options = {key: value for key, value in values.items() if key not in all_values or key in free}
     return hashlib.sha256(json.dumps([kept, options], sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 

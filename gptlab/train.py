@@ -96,7 +96,12 @@ def resolve_autos(cfg: config.Train) -> None:
             t.precision = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     if t.linear == "auto":
         t.linear = machine.fastest_linear() if machine.linear_matters(cfg) else "torch"
-    if t.linear == "onednn" and not on_gpu and not linear.has_operators():
+    elif t.linear == "onednn" and (on_gpu or t.precision != "32" or cfg.model.get("compile")):
+        t.linear = "torch"
+        cli.notes.append(
+            "trainer.linear=onednn: only for float32 on a CPU, without model.compile; torch's layers are used"
+        )
+    if t.linear == "onednn" and not linear.has_operators():
         raise UserError("trainer.linear=onednn: this torch lacks oneDNN's operators; use trainer.linear=torch")
     if cfg.optim.warmup_steps == "auto":
         cfg.optim.warmup_steps = min(100, t.max_steps // 10)
@@ -123,10 +128,11 @@ def import_lightning() -> None:
     """
     placeholder = types.SimpleNamespace(hamming=None)
     absent = sys.modules.setdefault("scipy.signal", placeholder) is placeholder
-    import lightning  # noqa: F401
-
-    if absent:
-        del sys.modules["scipy.signal"]
+    try:
+        import lightning  # noqa: F401
+    finally:
+        if absent:
+            del sys.modules["scipy.signal"]
     for name in ("lightning", "lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).handlers.clear()
         logging.getLogger(name).setLevel(logging.WARNING)
@@ -216,6 +222,7 @@ def check_memory(cfg: config.Train, data: Any) -> str | None:
         block_size=data.block_size,
         sequences=sequences,
         precision=t.precision,
+        optim_config=cfg.optim.model_dump(),
         device_type=device.type,
         averaged="gptlab.callbacks.ema.EMA" in targets,
         distributed=processes > 1 and not is_sharded(t),
@@ -244,7 +251,7 @@ def make_module(cfg: config.Train, data: Any, saved_config: dict[str, Any], sour
         check_model(model, data.tokenizer.vocab_size, data.block_size)
     if source:
         source.copy_to(model)
-    if cfg.trainer.linear == "onednn" and cfg.trainer.accelerator == "cpu":
+    if cfg.trainer.linear == "onednn":
         linear.use_onednn(model)
     if cfg.model.get("compile"):
         model.compile()  # in place: the parameters keep their names

@@ -74,7 +74,7 @@ def make_engines(
 ) -> dict[str, tuple[Engine, int]]:
     """Column -> engine, bytes of weights that a step must read. All have the same weights; bf16 on GPUs, and where the CPU
     multiplies it in hardware."""
-    numbers = sum(p.numel() for p in model.parameters()) - model.transformer.wpe.weight.numel()
+    numbers = sum(p.numel() for p in model.parameters()) - sum(t.numel() for t in model.lookup_tables())
     engines = {}
     on_gpu = device != "cpu"
     for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16))[: 1 + (on_gpu or linear.fast_bf16())]:

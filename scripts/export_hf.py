@@ -46,7 +46,7 @@ def folder_content(model: Any, tokenizer: Any) -> tuple[dict[str, Any], dict[str
     try:
         architecture, weights = pretrained.to_hf(model)
     except ValueError as error:
-        raise UserError(f"{error}; export a model without them") from None
+        raise UserError(f"{error}; export a model without") from None
     end = {"bos_token": tokenizer.END_OF_TEXT, "eos_token": tokenizer.END_OF_TEXT} if tokens["added_tokens"] else {}
     ids = {f"{token}_id": tokenizer.end_of_text for token in end}
     files = {

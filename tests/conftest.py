@@ -74,6 +74,8 @@ def assert_same_end(run: Path, whole: Path) -> None:
     for name in ("last", "best"):
         ours, theirs = (torch.load(at / f"checkpoints/{name}.ckpt", weights_only=True) for at in (run, whole))
         assert ours["global_step"] == theirs["global_step"]
+        groups = [[optimizer.pop("param_groups") for optimizer in end["optimizer_states"]] for end in (ours, theirs)]
+        assert groups[0] == groups[1]
         for key in ("state_dict", "optimizer_states", "watch", "best", "validated", "recent"):
             torch.testing.assert_close(ours[key], theirs[key], atol=0, rtol=0, equal_nan=True, msg=key)
     assert metrics(run) == metrics(whole)

@@ -167,7 +167,7 @@ def test_custom_classes_are_refused_by_name(script):
 def test_what_gpt2_lacks_is_refused_by_key(script, option, key):
     """Exported without it, the model would give other logits without a word."""
     model = GPT(vocab_size=5, block_size=4, n_layer=1, n_head=2, n_embd=8, **option)
-    with pytest.raises(UserError, match=f"cannot express {key}; export a model without"):
+    with pytest.raises(UserError, match=f"{key}: Hugging Face's GPT-2 has no such option; export a model without"):
         script["folder_content"](model, CharTokenizer.from_text("abcde"))
 
 
