@@ -460,7 +460,7 @@ def did_you_mean(given: str, known: list[str]) -> str:
     beside = [key for key in known if key.rpartition(".")[0] == node]
     for candidates, cutoff in ((beside, 0.6), (known, 0.75)):
         by_name = {key.rpartition(".")[2]: key for key in reversed(candidates)}
-        near = [other for other in by_name if other.startswith(name)] or difflib.get_close_matches(
+        near = sorted((other for other in by_name if other.startswith(name)), key=len) or difflib.get_close_matches(
             name, by_name, 3, cutoff
         )
         if near and name:

@@ -8,12 +8,15 @@ of that size. Here only those of a chunk exist, and nothing is computed twice: t
 that the forward pass has left (Liger Kernel, Hsu et al. 2024).
 """
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 # Logits at a time, 64 and 128 MiB in fp32. Every chunk also reads and writes all of dW: on a GPU, fewer rows would not pay.
 CHUNK = {"cpu": 2**24, "cuda": 2**25}
+MOST_CHUNKS = 64  # of a huge vocabulary, each would be a row
 
 
 def of_logits(logits: Tensor, targets: Tensor) -> Tensor:
@@ -23,7 +26,7 @@ def of_logits(logits: Tensor, targets: Tensor) -> Tensor:
 
 def chunk_size(positions: int, weight: Tensor) -> int | None:
     """Positions at a time; None where the logits of all of them are few enough for plain autograd."""
-    rows = max(1, CHUNK.get(weight.device.type, CHUNK["cuda"]) // len(weight))
+    rows = max(CHUNK.get(weight.device.type, CHUNK["cuda"]) // len(weight), math.ceil(positions / MOST_CHUNKS))
     return rows if positions > rows else None
 
 

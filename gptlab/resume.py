@@ -5,7 +5,6 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
-from gptlab.config import with_added
 from gptlab.errors import UserError
 from gptlab.run import SAVED, Run, is_first_process
 
@@ -81,6 +80,8 @@ def check_same_run(
 ) -> None:
     """Raise UserError if a checkpoint's state is not of this run: its config, the data on disk (name and checksums), and
     the tokenizer's state."""
+    from gptlab.config import with_added
+
     was, now = dict(leaf_values(with_added(state["config"]))), dict(leaf_values(config))
     for key in {**was, **now}:
         free = key in (*RESUME_MAY_CHANGE, *FOLLOWS) or not key.startswith(OF_A_STEP)

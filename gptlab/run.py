@@ -23,7 +23,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import IO, Any
 
-from gptlab.config import with_added
 from gptlab.errors import MissingFileError, UserError
 
 LOCK = ".lock"
@@ -171,6 +170,8 @@ class Run:
     def read_config(self) -> dict[str, Any]:
         """config.yaml as plain values, without `trust`: anyone may have written it. Raises UserError if it is damaged."""
         import yaml
+
+        from gptlab.config import with_added
 
         path = self.folder / "config.yaml"
         loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the other takes minutes for nested brackets

@@ -40,7 +40,7 @@ def time_of(product: Callable[[], Any], device: str) -> float:
 def flops_per_token(vocab_size: int, size: dict[str, Any]) -> float:
     """Floating-point operations of one training step of gptlab's GPT, forward and backward, counted; those of matrix
     products alone. Attention counts in full, as where it is computed without regard to the mask."""
-    gpt = GPT(vocab_size=vocab_size, **{key: n for key, n in size.items() if key != "batch_size"})
+    gpt = GPT(vocab_size=vocab_size, **{key: n for key, n in size.items() if key not in ("batch_size", "dropout")})
     ids = torch.zeros(1, gpt.block_size, dtype=torch.int64)
     # Fused attention is one operator to the counter, which knows no formula for the CPU's.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:

@@ -65,7 +65,7 @@ def train_gptlab(peer: Path, batches: list[Tensor], device: str, compile_: bool)
     if compile_:
         model.compile()
     optim = {"lr": LR, "min_lr": LR, "schedule": "constant", "warmup_steps": 0, "decay_steps": 0, "betas": BETAS,
-             "weight_decay": WEIGHT_DECAY, "grad_clip": GRAD_CLIP, "skip_nonfinite": 0}  # fmt: skip
+             "weight_decay": WEIGHT_DECAY, "grad_clip": GRAD_CLIP, "skip_nonfinite": 0, "cooldown": 1.0}  # fmt: skip
     module = GPTModule(model, optim_config=optim, token_bytes=np.ones(VOCAB_SIZE, dtype=np.int64), seed=1,
                        micro_batch_size=None, log_every=10, metadata={})  # fmt: skip
     trainer = L.Trainer(accelerator=device, devices=1, precision="32-true" if device == "cpu" else "bf16-mixed",

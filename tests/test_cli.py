@@ -122,7 +122,7 @@ def test_the_first_process_of_a_run(monkeypatch, environment, first):
         (["max_steps=10"], "unknown key max_steps; did you mean trainer.max_steps?"),
         (["+model.n_layers=3"], "unknown key model.n_layers; did you mean model.n_layer?"),
         (["model=gtp2"], "model=gtp2: unknown option; did you mean gpt2? All: gopher-44m, gpt, "),
-        (["experiment=shakespeare"], "did you mean shakespeare_char or shakespeare_bpe? All: "),
+        (["experiment=shakespeare"], "did you mean shakespeare_bpe or shakespeare_char or shakespeare_char_speedrun? All: "),
         (["experiment=mine"], "experiment=mine: unknown option; known: addition, "),
         (["callbacks=[default,emma]"], "callbacks=emma: unknown option; did you mean ema?"),
         (["shakespeare_char"], "settings are KEY=VALUE; did you mean data=shakespeare_char or experiment=shakespeare_char?"),

@@ -331,6 +331,10 @@ RULES = {
         (("train",), {"optim.muon_lr": 0.02, "trainer.devices": 2}, None),
         (("train",), {"optim.muon_lr": 0.02, "trainer.precision": "fp16", "trainer.accelerator": "gpu"}, "optim.muon_lr does not work with trainer.precision=fp16"),
     ],
+    "tied_heads_are_embeddings": [
+        (("train",), {"optim.head_lr": 0.01}, "optim.head_lr=0.01: the head is tied to the embedding; use optim.embedding_lr"),
+        (("train",), {"optim.head_lr": 0.01, "model.tie_weights": False}, None),
+    ],
     "rotary_turns_pairs": [
         (("train",), {"model.position": "rotary", "model.n_embd": 12}, "model.n_embd=12 must be divisible by 8"),
         (("train",), {"model.position": "rotary"}, None),

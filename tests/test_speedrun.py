@@ -41,7 +41,8 @@ def test_a_run_and_all_that_follows(gptlab, tmp_path, text):
     gptlab("evaluate", "ckpt=whole", "out=figures.json")
     summary = json.loads((tmp_path / "whole/summary.json").read_text())
     assert json.loads((tmp_path / "figures.json").read_text())["loss"] == summary["best"]["val/loss"]
-    loaded = sources.load(str(tmp_path / "whole")).model.state_dict()
+    source = sources.load(str(tmp_path / "whole"))
+    loaded = source.model.state_dict()
     saved = weights(tmp_path / "whole", "best")
     assert all(torch.equal(loaded[name.removeprefix("model.")], weight) for name, weight in saved.items())
     assert len(gptlab("sample", "ckpt=whole", "max_new_tokens=80", "prompt=9 green").stdout) > 80
@@ -56,7 +57,7 @@ def test_a_run_and_all_that_follows(gptlab, tmp_path, text):
     assert "model.tie_weights: decided by init_from=" in refused.stderr
     script = runpy.run_path(str(config.CONF.parent / "scripts/export_hf.py"))
     with pytest.raises(UserError, match=r"model.position=rotary, model.ngrams, model.tie_weights=false: Hugging Face"):
-        script["folder_content"](sources.load(str(tmp_path / "whole")).model, None)
+        script["folder_content"](source.model, source.tokenizer)
 
 
 def test_a_run_of_an_older_gptlab_resumes(gptlab, tmp_path, text):
