@@ -28,11 +28,8 @@ class KVCache:
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Append k and v (B, H, T, C // H); returns all so far."""
-        if self._layers[layer] is None:
-            self._layers[layer] = (
-                k.new_empty(self.shape),
-                v.new_empty(self.shape),
-            )  # autocast decides about their type
+        if self._layers[layer] is None:  # autocast decides about their type
+            self._layers[layer] = (k.new_empty(self.shape), v.new_empty(self.shape))
         start, end = self.length, self.length + k.shape[2]
         for kept, new in zip(self._layers[layer], (k, v), strict=True):
             kept[:, :, start:end] = new
@@ -86,8 +83,7 @@ class Rotary(nn.Module):
 class CausalSelfAttention(nn.Module):
     def __init__(self, n_embd: int, n_head: int, dropout: float, bias: bool, rotary: Rotary | None) -> None:
         super().__init__()
-        self.n_head, self.dropout = n_head, dropout
-        self.rotary = rotary
+        self.n_head, self.dropout, self.rotary = n_head, dropout, rotary
         self.c_attn = nn.Linear(n_embd, 3 * n_embd, bias=bias)
         self.c_proj = nn.Linear(n_embd, n_embd, bias=bias)
         self.resid_dropout = Dropout(dropout)
@@ -183,8 +179,7 @@ class GPT(nn.Module):
             )
             for _ in range(n_layer)
         )
-        parts["ln_f"] = nn.LayerNorm(n_embd, bias=bias)
-        self.transformer = nn.ModuleDict(parts)
+        self.transformer = nn.ModuleDict({**parts, "ln_f": nn.LayerNorm(n_embd, bias=bias)})
         self.lm_head = nn.Linear(n_embd, padded, bias=False)
         if tie_weights:
             self.lm_head.weight = self.transformer.wte.weight  # as in GPT-2
