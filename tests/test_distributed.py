@@ -79,6 +79,27 @@ def test_ddp_computes_what_one_process_does(train, continue_run, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("way", ["ddp", "fsdp"])
+def test_the_fast_recipe_on_two_processes(train, tmp_path, way):
+    """n-gram tables, rotary positions, an untied head; Muon too where matrices are whole, and refused where they are not."""
+    fast = [
+        "model.position=rotary",
+        "model.n_head=4",
+        "model.ngrams=[2,3]",
+        "model.tie_weights=false",
+        "optim.embedding_lr=0.01",
+    ]
+    common = [*CALM, *fast, "trainer.max_steps=4", "trainer.val_every=2", "model.n_embd=32"]
+    if way == "fsdp":
+        refused = train(*common, *RUNS["fsdp"], "optim.muon_lr=0.02", "hydra.run.dir=no", status=2)
+        assert "optim.muon_lr needs whole matrices" in refused.stderr
+    muon = ["optim.muon_lr=0.02"] * (way == "ddp")
+    train(*common, *muon, "hydra.run.dir=one")
+    train(*common, *muon, *RUNS[way], "hydra.run.dir=two")
+    assert_close(tmp_path / "two", tmp_path / "one", rel=1e-3)
+
+
+@pytest.mark.slow
 def test_fsdp_computes_what_one_process_does(train, continue_run, tmp_path):
     """To a last digit or two of float32, with fewer validation batches in one process and samples in one alone. Its
     checkpoint is one that a single process samples and resumes from; and a process that dies is named, at once."""
