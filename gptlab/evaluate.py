@@ -13,8 +13,8 @@ UNITS = {"loss": "nats per token", "accuracy": "of the problems answered exactly
 
 
 def evaluate(cfg: config.Evaluate) -> None:
-    """Print a table, and write it to `out`. With the precision, windows, threads and linear layers of its run, a checkpoint gets the very
-    numbers of its validation."""
+    """Print a table, and write it to `out`. With the precision, windows, threads and linear layers of its run, a checkpoint
+    gets the very numbers of its validation."""
     from gptlab import linear, sources, train
 
     train.import_lightning()

@@ -73,7 +73,7 @@ def estimate_step(
     sequences: int,  # of an optimizer step, in this process
     micro_batch_size: int,
     precision: str,  # 32, bf16 or fp16
-    optim_config: dict[str, Any] | None = None,  # the keys of conf/optim; default: AdamW
+    optim_config: dict[str, Any] = ADAMW,  # the keys of conf/optim
     device_type: str,
     averaged: bool = False,  # EMA keeps a second copy of the weights
     distributed: bool = False,  # DDP keeps a second copy of the gradients
@@ -87,7 +87,7 @@ def estimate_step(
             model = build()
             _copies = [torch.empty_like(p) for p in model.parameters() for _ in range(averaged + distributed)]
             fused = device_type in ("cpu", "cuda") and precision != "fp16"
-            optimizer = optim.build(model, fused=fused, **(optim_config or ADAMW))
+            optimizer = optim.build(model, fused=fused, **optim_config)
             trained = [p for p in model.parameters() if p.requires_grad]
             several = sequences > micro_batch_size  # the gradients of one micro-batch are there during the next
             for parameter in trained:

@@ -75,7 +75,7 @@ def resolve_autos(cfg: config.Train) -> None:
     """
     import torch
 
-    from gptlab import linear, machine
+    from gptlab import linear
     from gptlab.data.files import available_cores
 
     t, on_gpu = cfg.trainer, cfg.trainer.accelerator != "cpu"
@@ -94,15 +94,7 @@ def resolve_autos(cfg: config.Train) -> None:
         t.precision = "bf16" if not on_gpu and linear.fast_bf16() else "32"
         if cuda:
             t.precision = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    if t.linear == "auto":
-        t.linear = machine.fastest_linear() if machine.linear_matters(cfg) else "torch"
-    elif t.linear == "onednn" and (on_gpu or t.precision != "32" or cfg.model.get("compile")):
-        t.linear = "torch"
-        cli.notes.append(
-            "trainer.linear=onednn: only for float32 on a CPU, without model.compile; torch's layers are used"
-        )
-    if t.linear == "onednn" and not linear.has_operators():
-        raise UserError("trainer.linear=onednn: this torch lacks oneDNN's operators; use trainer.linear=torch")
+    resolve_linear(cfg)
     if cfg.optim.warmup_steps == "auto":
         cfg.optim.warmup_steps = min(100, t.max_steps // 10)
     workers = cfg.data.get("workers", 0)
@@ -119,6 +111,21 @@ def resolve_autos(cfg: config.Train) -> None:
         os.environ["OMP_NUM_THREADS"] = str(t.threads)  # or Lightning would choose, for this process and its children
     if note := cli.busy_note(torch.get_num_threads()):
         cli.notes.append(note)
+
+
+def resolve_linear(cfg: config.Train) -> None:
+    """Decide about the linear layers, once the precision is known. Raises UserError if torch lacks those asked for."""
+    from gptlab import linear, machine
+
+    t = cfg.trainer
+    if t.linear == "auto":
+        t.linear = machine.fastest_linear() if machine.linear_matters(cfg) else "torch"
+    elif t.linear == "onednn" and (t.accelerator != "cpu" or t.precision != "32" or cfg.model.get("compile")):
+        t.linear = "torch"
+        note = "trainer.linear=onednn: only for float32 on a CPU, without model.compile; torch's layers are used"
+        cli.notes.append(note)
+    if t.linear == "onednn" and not linear.has_operators():
+        raise UserError("trainer.linear=onednn: this torch lacks oneDNN's operators; use trainer.linear=torch")
 
 
 def import_lightning() -> None:
