@@ -112,6 +112,7 @@ class GPT(Node):
     tie_weights: bool = True
     ngrams: Annotated[list[Annotated[Int, Field(ge=2, le=8)]], AfterValidator(_distinct)] = []
     ngram_rows: Annotated[Int, Field(ge=1, le=2**24)] = 16384
+    ngram_dropout: Fraction = 0.0
     vocab_multiple: Count
     activation_checkpointing: bool
     compile: bool

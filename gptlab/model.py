@@ -38,11 +38,13 @@ class KVCache:
 
 
 class NGrams(nn.Module):
-    """A vector for the last n tokens of each position, summed over `sizes` n: a row of a table of at most `rows`, which several
-    n-grams share by a hash where there are more (hash n-gram embeddings, Pagnoni et al. 2024). Tables start at zero."""
+    """A vector for the last n tokens of each position, summed over `sizes` n: a row of a table of at most `rows`, which
+    several n-grams share by a hash where there are more (hash n-gram embeddings, Pagnoni et al. 2024). Tables start at zero.
+    Dropout leaves out whole vectors, so that the model does without those it has memorized."""
 
-    def __init__(self, sizes: Sequence[int], rows: int, vocab_size: int, n_embd: int) -> None:
+    def __init__(self, sizes: Sequence[int], rows: int, dropout: float, vocab_size: int, n_embd: int) -> None:
         super().__init__()
+        self.dropout = nn.Dropout1d(dropout)  # of (B, T, C): each position's vector, or nothing
         self.sizes, self.before_text = tuple(sizes), vocab_size  # an id for positions before the first token
         self.tables = nn.ModuleList(nn.Embedding(min((vocab_size + 1) ** n, rows), n_embd) for n in sizes)
 
@@ -58,7 +60,7 @@ class NGrams(nn.Module):
             rows = table.num_embeddings
             base = self.before_text + 1 if (self.before_text + 1) ** n <= rows else HASH
             keys = sum(ids[:, reach - i : reach - i + T] * pow(base, i, 2**31) for i in range(n))
-            total = total + table(keys % rows)
+            total = total + self.dropout(table(keys % rows))
         return total
 
 
@@ -156,6 +158,7 @@ class GPT(nn.Module):
         tie_weights: bool = True,  # the head is the token embedding
         ngrams: Sequence[int] = (),  # sizes n of n-grams that are embedded beside the tokens
         ngram_rows: int = 16384,  # most rows of each of their tables
+        ngram_dropout: float = 0.0,  # of their vectors
     ) -> None:
         super().__init__()
         if min(vocab_size, block_size, n_layer, n_head, n_embd, vocab_multiple) < 1 or n_embd % n_head:
@@ -166,19 +169,16 @@ class GPT(nn.Module):
         rotary = Rotary(n_embd // n_head, block_size) if position == "rotary" else None
         parts = {"wte": nn.Embedding(padded, n_embd)}
         if ngrams:
-            parts["ngrams"] = NGrams(ngrams, ngram_rows, vocab_size, n_embd)
+            parts["ngrams"] = NGrams(ngrams, ngram_rows, ngram_dropout, vocab_size, n_embd)
         if rotary is None:
             parts["wpe"] = nn.Embedding(block_size, n_embd)
         parts["drop"] = Dropout(dropout)
-        parts["h"] = nn.ModuleList(
-            Block(
-                n_embd,
-                bias,
-                CausalSelfAttention(n_embd, n_head, dropout, bias, rotary),
-                MLP(n_embd, dropout, bias, gelu),
-            )
-            for _ in range(n_layer)
-        )
+
+        def block() -> Block:
+            attn = CausalSelfAttention(n_embd, n_head, dropout, bias, rotary)
+            return Block(n_embd, bias, attn, MLP(n_embd, dropout, bias, gelu))
+
+        parts["h"] = nn.ModuleList(block() for _ in range(n_layer))
         self.transformer = nn.ModuleDict({**parts, "ln_f": nn.LayerNorm(n_embd, bias=bias)})
         self.lm_head = nn.Linear(n_embd, padded, bias=False)
         if tie_weights:

@@ -104,7 +104,7 @@ def orthogonalize(matrices: Tensor, steps: int) -> Tensor:
     wide = x if x.shape[1] <= x.shape[2] else x.mT
     for _ in range(steps):
         gram = wide @ wide.mT
-        wide = torch.baddbmm(3.4445 * wide, torch.baddbmm(-4.7750 * gram, gram, gram, beta=1, alpha=2.0315), wide)
+        wide = torch.baddbmm(wide, torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), wide, beta=3.4445)
     x = wide if x.shape[1] <= x.shape[2] else wide.mT
     return x.reshape(N, rows, columns)
 

@@ -148,7 +148,7 @@ RANGES = {
     "optim.lr": ([1e-9, 1e30], [0, -1, INF, NAN, None, True, "1"]), "optim.min_lr": AMOUNT, "optim.weight_decay": AMOUNT, "optim.grad_clip": AMOUNT,
     "optim.schedule": (["cosine", "linear", "constant"], ["step", None, True]), "optim.cooldown": ([0.1, 1], [0, 1.1, NAN, None]), "optim.momentum": FRACTION,
     **dict.fromkeys(("optim.muon_lr", "optim.embedding_lr", "optim.head_lr"), ([None, 1e-9, 3], [0, -1, INF, True, "1"])), "optim.newton_schulz_steps": ([1, 20], [0, 21, 1.5, None]),
-    "model.position": (["learned", "rotary"], ["alibi", None, True]), "model.tie_weights": SWITCH, "model.ngrams": ([[], [2], [2, 3, 8]], [[1], [9], ["2"], None, 2]), "model.ngram_rows": ([1, 2**24], [0, 2**24 + 1, None]),
+    "model.position": (["learned", "rotary"], ["alibi", None, True]), "model.tie_weights": SWITCH, "model.ngrams": ([[], [2], [2, 3, 8]], [[1], [9], ["2"], None, 2]), "model.ngram_rows": ([1, 2**24], [0, 2**24 + 1, None]), "model.ngram_dropout": FRACTION,
     "optim.warmup_steps": STEPS_OR_AUTO, "trainer.threads": COUNT_OR_AUTO, "trainer.linear": (["auto", "torch", "onednn"], ["mkl", "", None, True, 1]), "optim.decay_steps": SIZE,
     "optim.skip_nonfinite": SIZE, "optim.betas": ([[0, 0.999], [0.9, 0.0]], [[], [0.9], [0.9, 0.9, 0.9], [0.9, 1], [-0.1, 0.9], [NAN, 0.9], [0.9, "0.9"], None, 0.9]),
     **dict.fromkeys(("trainer.max_steps", "trainer.val_every", "trainer.log_every", "trainer.checkpoint_every", "trainer.devices", "trainer.num_nodes"), COUNT),

@@ -263,6 +263,15 @@ def test_ngram_rows_are_the_last_tokens():
     assert all(count > 600 for count in used)  # 1,200 n-grams: 699 rows if the hash spreads them evenly
 
 
+def test_ngram_dropout_leaves_out_whole_vectors_in_training():
+    ngrams = fast_gpt(ngrams=[3], ngram_dropout=0.25).transformer.ngrams
+    ids = torch.randint(11, (400, 12))
+    whole, dropped = ngrams(ids, None), ngrams.train()(ids, None)
+    kept = dropped.any(dim=2)
+    assert 0.7 < kept.float().mean() < 0.8  # 4,800 vectors: 8 standard deviations
+    torch.testing.assert_close(dropped[kept], whole[kept] / 0.75)  # so that the mean stays
+
+
 def test_rotary_products_depend_on_the_distance():
     """A shift of all positions leaves the scores as they are; without rotation they would not depend on positions at all."""
     rotary = Rotary(8, 32)
