@@ -21,6 +21,7 @@ TARGETS = {
     "shakespeare_char_speedrun": "1.88 in 1/12",
     "shakespeare_char_speedrun_plain": "1.88 in 1/8",
     "shakespeare_char_speedrun_160": "1.60 in 1/2",
+    "shakespeare_char_speedrun_154": "1.54 in 1/1",
 }
 
 
