@@ -76,8 +76,8 @@ class Rotary(nn.Module):
         self.register_buffer("sin", angles.sin(), persistent=False)
 
     def forward(self, x: Tensor, start: int) -> Tensor:
-        """x (B, H, T, D), whose first position is `start`."""
-        cos, sin = (part[start : start + x.shape[2]] for part in (self.cos, self.sin))
+        """x (..., T, D), whose first position is `start`."""
+        cos, sin = (part[start : start + x.shape[-2]] for part in (self.cos, self.sin))
         a, b = x.chunk(2, dim=-1)
         return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1).type_as(x)
 
@@ -98,7 +98,7 @@ class CausalSelfAttention(nn.Module):
         )
         if self.rotary is not None:
             start = cache.length if cache is not None else 0
-            q, k = self.rotary(q, start), self.rotary(k, start)
+            q, k = self.rotary(torch.stack((q, k)), start)
         if cache is not None:
             k, v = cache.extend(layer, k, v)
         causal = cache is None or T > 1  # a single new position sees all of them
