@@ -12,7 +12,8 @@ from gptlab import config, sources
 from gptlab.errors import UserError
 
 FAST = [*TINY, "data=text", "data.path=my.txt", "model.n_head=4", "model.n_embd=32", "model.position=rotary", "model.tie_weights=false",
-        "model.ngrams=[2,3]", "model.ngram_rows=500", "optim.muon_lr=0.02", "optim.embedding_lr=0.03", "optim.head_lr=0.01",
+        "model.ngrams=[2,3]", "model.ngram_rows=500", "model.ngram_dropout=0.3", "optim.grad_clip=0",
+        "optim.muon_lr=0.02", "optim.embedding_lr=0.03", "optim.head_lr=0.01",
         "optim.schedule=linear", "optim.cooldown=0.5", "optim.min_lr=0", "optim.warmup_steps=0", "model.dropout=0.1", "data.micro_batch_size=5"]  # fmt: skip
 
 
