@@ -161,16 +161,15 @@ class GPTModule(L.LightningModule):
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         # Not in training_step, where fp16 gradients are still scaled.
-        limit = self.optim_config["grad_clip"] or math.inf
-        self.gradient_norm = self.clip_gradients(limit)
+        self.gradient_norm = self.clip_gradients(self.optim_config["grad_clip"])
         if self.trainer.precision == "16-mixed":  # the gradient scaler skips such steps itself
             self.gradient_norm = self.gradient_norm.nan_to_num(OVERFLOW, OVERFLOW, OVERFLOW)
         else:
             optim.skip_unless_finite(optimizer, self.gradient_norm, wait=not self.checks_at_log)
 
     def clip_gradients(self, limit: float) -> Tensor:
-        """Their norm before that."""
-        if limit == math.inf:  # clip_grad_norm_ would multiply them all by 1
+        """Their norm before that. A limit of 0 is none."""
+        if limit == 0:
             return nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
         return nn.utils.clip_grad_norm_(self.model.parameters(), limit)
 
