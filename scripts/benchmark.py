@@ -183,7 +183,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--shakespeare", type=Path, help="time_to_loss: Tiny Shakespeare, the file input.txt of char-rnn"
     )
-    parser.add_argument("--seeds", nargs="+", type=int, default=[801, 802, 803], help="time_to_loss: one a round")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[901, 902, 903], help="time_to_loss: one a round")
     parser.add_argument("--experiment", nargs="+", default=[*TARGETS], help="time_to_loss: of gptlab's")
     parser.add_argument("--documents", type=Path, help="prepare: JSON lines with a text each (default: written here)")
     parser.add_argument("--megabytes", type=int, default=500, help="prepare: of those written here")
