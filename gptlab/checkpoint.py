@@ -20,6 +20,7 @@ from gptlab.tokenizer import from_state
 
 GPT_TARGET = "gptlab.model.GPT"
 LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19"  # how files began before torch wrote zip archives
+MOST_POSITIONS = 2**20  # rotary ones have no weights that would show that a context is too long
 PLACES = ("path", "val_path", "folder")  # keys of `data` that name files of this machine
 
 
@@ -85,9 +86,10 @@ def check_sizes(config: dict[str, Any], vocab_size: int, weights: dict[str, Any]
         raise ValueError("model.ngrams must be sizes from 2 to 8")
     if min(model["vocab_multiple"], model["ngram_rows"]) < 1:
         raise ValueError("model.vocab_multiple and model.ngram_rows must be >= 1")
-    if type(config["data"]["block_size"]) is not int or not 1 <= model["n_layer"] <= len(weights):
+    block_size, n_layer = config["data"]["block_size"], model["n_layer"]
+    if type(block_size) is not int or not (1 <= block_size <= MOST_POSITIONS and 1 <= n_layer <= len(weights)):
         raise ValueError("data.block_size or model.n_layer does not fit the weights")
-    shapes = shapes_of(model, vocab_size, config["data"]["block_size"])
+    shapes = shapes_of(model, vocab_size, block_size)
     if {name: tuple(w.shape) for name, w in weights.items()} != shapes:
         raise ValueError("the weights do not have the shapes that the config describes")
     if 4 * sum(map(math.prod, shapes.values())) > 2 * file_size:  # tied weights count twice

@@ -1,6 +1,6 @@
 """Linear layers of oneDNN on CPUs. All private operators of torch that gptlab uses are in this file.
 
-In float32, torch's own linear layers call MKL, which is hard to beat on Intel's CPUs alone.
+In float32, torch's own linear layers call MKL, which is hard to beat on Intel's CPUs, and on AMD's without AVX512.
 
 Training (`OneDNNLinear`): large products are a matter of the kernel. Which one a CPU runs faster, machine.py measures.
 Generating text (`PackedLinear`): a token needs every weight once; its time is that of memory, and of the calls. oneDNN keeps
@@ -11,6 +11,7 @@ import contextlib
 import copy
 import functools
 import platform
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -66,17 +67,14 @@ class OneDNNLinear(nn.Linear):
     the layer it was."""
 
     def forward(self, x: Tensor) -> Tensor:
+        return OneDNNProduct.apply(x, self.weight, self.bias) if self.product_for(x) else super().forward(x)
+
+    def product_for(self, x: Tensor) -> Callable[..., Tensor] | None:
+        """What multiplies `x`, if not torch's own. The loss in chunks asks, too."""
         eager = not torch.compiler.is_compiling() and _get_current_dispatch_mode() is None
-        if (
-            eager
-            and type(x) is Tensor
-            and x.is_cpu
-            and x.dtype == self.weight.dtype == torch.float32
-            and x.shape[:-1].numel() > FEW_ROWS
-            and not torch.is_autocast_enabled("cpu")
-        ):
-            return OneDNNProduct.apply(x, self.weight, self.bias)
-        return super().forward(x)
+        fp32_on_cpu = type(x) is Tensor and x.is_cpu and x.dtype == self.weight.dtype == torch.float32
+        many = x.shape[:-1].numel() > FEW_ROWS
+        return product if eager and fp32_on_cpu and many and not torch.is_autocast_enabled("cpu") else None
 
 
 def use_onednn(model: nn.Module) -> None:
@@ -136,8 +134,8 @@ def pack(model: nn.Module, dtype: torch.dtype = torch.float32, rows: int = FEW_R
     for module in [*copied.modules()]:
         for name, child in module.named_children():
             if isinstance(child, nn.Linear) and pays(child.weight, dtype, rows):
-                outputs = copied.vocab_size if child is copied.lm_head else None  # without the padding
-                setattr(module, name, PackedLinear(child.weight[:outputs], child.bias, dtype, hint))
-    if isinstance(copied.lm_head, PackedLinear):
-        copied.padding = None
+                weight, bias = child.weight, child.bias
+                if child is copied.lm_head:  # without the padding
+                    weight, bias = weight[: copied.vocab_size], None
+                setattr(module, name, PackedLinear(weight, bias, dtype, hint))
     return copied

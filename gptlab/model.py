@@ -97,8 +97,7 @@ class CausalSelfAttention(nn.Module):
             for part in self.c_attn(x).split(C, dim=2)
         )
         if self.rotary is not None:
-            start = cache.length if cache is not None else 0
-            q, k = self.rotary(torch.stack((q, k)), start)
+            q, k = self.rotary(torch.stack((q, k)), cache.length if cache is not None else 0)
         if cache is not None:
             k, v = cache.extend(layer, k, v)
         causal = cache is None or T > 1  # a single new position sees all of them
@@ -163,6 +162,8 @@ class GPT(nn.Module):
         super().__init__()
         if min(vocab_size, block_size, n_layer, n_head, n_embd, vocab_multiple) < 1 or n_embd % n_head:
             raise ValueError(f"sizes must be >= 1, and n_embd={n_embd} must be divisible by n_head={n_head}")
+        if position not in ("learned", "rotary") or (position == "rotary" and n_embd % (2 * n_head)):
+            raise ValueError(f"position={position!r}: learned, or rotary with an even number of channels per head")
         self.vocab_size, self.block_size = vocab_size, block_size
         self.activation_checkpointing = activation_checkpointing
         padded = math.ceil(vocab_size / vocab_multiple) * vocab_multiple
@@ -183,8 +184,10 @@ class GPT(nn.Module):
         self.lm_head = nn.Linear(n_embd, padded, bias=False)
         if tie_weights:
             self.lm_head.weight = self.transformer.wte.weight  # as in GPT-2
-        padding = torch.zeros(padded).index_fill(0, torch.arange(vocab_size, padded), -math.inf)
-        self.register_buffer("padding", padding if padded > vocab_size else None, persistent=False)
+        if padded > vocab_size:  # as a bias: one pass over the logits, not two
+            padding = torch.zeros(padded).index_fill(0, torch.arange(vocab_size, padded), -math.inf)
+            del self.lm_head.bias
+            self.lm_head.register_buffer("bias", padding, persistent=False)
         self._init_weights(n_layer)
 
     @torch.no_grad()
@@ -210,8 +213,7 @@ class GPT(nn.Module):
         holds, and the logits are those after the last position alone, (B, 1, V). With `targets` (B, T), int64, -100 where
         none counts: their summed loss in nats, for which the logits need not exist all at once. Data sets and `generate`
         check that 0 <= id < vocab_size: here, a GPU would have to wait for it in every step."""
-        _, T = idx.shape
-        start = cache.length if cache is not None else 0
+        T, start = idx.shape[1], cache.length if cache is not None else 0
         if self.block_size < start + T:
             raise ValueError(f"a sequence of {start + T} tokens is longer than block_size={self.block_size}")
         if start and T > 1:
@@ -231,11 +233,9 @@ class GPT(nn.Module):
             cache.length += T
             x = x[:, -1:]
         x = self.transformer.ln_f(x)
-        weight = self.lm_head.weight
-        if targets is not None and (rows := loss.chunk_size(targets.numel(), weight)):
-            return loss.summed_nats(x.flatten(0, 1), weight, self.padding, targets.flatten(), rows)
-        # (B, T, V); with the padding as a bias, one pass over the logits, not two
-        logits = self.lm_head(x) if self.padding is None else F.linear(x, weight, self.padding)
+        if targets is not None and (rows := loss.chunk_size(targets.numel(), self.lm_head.weight)):
+            return loss.summed_nats(x.flatten(0, 1), self.lm_head, targets.flatten(), rows)
+        logits = self.lm_head(x)  # (B, T, V)
         return logits if targets is None else loss.of_logits(logits, targets)
 
     def lookup_tables(self) -> list[nn.Parameter]:

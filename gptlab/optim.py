@@ -13,7 +13,10 @@ def parameter_groups(model: nn.Module, weight_decay: float, lr: float, lr_of: di
     one per kind of matrix with a learning rate of its own in `lr_of`: "embedding", "head" or "block". Its ratio to `lr`
     is the group's `lr_scale`.
 
-    Every trainable parameter is in exactly one of them; a tied one counts once.
+    Every trainable parameter is in exactly one of them; a tied one counts once. The head is what has "lm_head" in its name.
+
+    Raises:
+        ValueError: a kind in `lr_of` has no matrices.
     """
     embeddings = {p for module in model.modules() if isinstance(module, nn.Embedding) for p in module.parameters()}
     decay = {"params": [], "kind": "rest", "weight_decay": weight_decay, "lr_scale": 1.0}
@@ -27,7 +30,9 @@ def parameter_groups(model: nn.Module, weight_decay: float, lr: float, lr_of: di
             no_decay["params"].append(parameter)
         else:
             kinds.get(kind if parameter.dim() == 2 else "rest", decay)["params"].append(parameter)
-    return [decay, *(group for group in kinds.values() if group["params"]), no_decay]
+    if missing := [kind for kind, group in kinds.items() if not group["params"]]:
+        raise ValueError(f"a learning rate for matrices that the model lacks: {', '.join(missing)}")
+    return [decay, *kinds.values(), no_decay]
 
 
 def build(model: nn.Module, *, fused: bool, lr: float, betas: tuple[float, float], weight_decay: float,

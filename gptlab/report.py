@@ -137,7 +137,10 @@ def already_finished(run: Run, summary: dict[str, Any], trust: bool) -> None:
 
 def train_longer(run: Run, summary: dict[str, Any], trust: bool) -> list[str]:
     """The command that lifts the limit which ended the run, if it was one of trainer's."""
-    limits = {"max_steps": f"trainer.max_steps={2 * summary['steps']}", "max_time": "trainer.max_time=null"}
+    more, optim = 2 * summary["steps"], run.read_config()["optim"]
+    decays_to_zero = optim["schedule"] != "constant" and optim["min_lr"] == 0
+    steps = f"trainer.max_steps={more}" + f" optim.decay_steps={more}" * decays_to_zero
+    limits = {"max_steps": steps, "max_time": "trainer.max_time=null"}
     return [f"{resume_command(run, trust)} {limit}" for ended, limit in limits.items() if ended == summary["ended"]]
 
 

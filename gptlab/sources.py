@@ -32,7 +32,8 @@ from gptlab.run import Run, find_checkpoint
 
 LARGEST_WEIGHT = 1e6  # real ones are below 1e3; a product of larger ones may overflow
 LARGEST_JSON = 1 << 26  # bytes; GPT-2's tokenizer.json has 1.4 MB
-OWN = ("dropout", "vocab_multiple", "activation_checkpointing", "compile")  # what weights leave to the user
+# What weights leave to the user.
+OWN = ("dropout", "ngram_dropout", "vocab_multiple", "activation_checkpointing", "compile")
 NO_GPT2 = "give its vocabulary as tokenizer.json"
 
 
@@ -126,7 +127,8 @@ def architecture(name: str, meta: str | None = None) -> tuple[dict[str, Any], in
 
 def gpt(model: dict[str, Any]) -> dict[str, Any]:
     """The node of a GPT that weights decide, with the keys that they, or an older gptlab, do not know of."""
-    return with_added({"model": {"_target_": checkpoint.GPT_TARGET, **model}})["model"]
+    added = with_added({"model": {"_target_": checkpoint.GPT_TARGET, **model}})["model"]
+    return {key: value for key, value in added.items() if key not in OWN}
 
 
 def _refuse_meta(meta: str | None, name: str) -> None:

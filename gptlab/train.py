@@ -93,7 +93,8 @@ def resolve_autos(cfg: config.Train) -> None:
     if t.precision == "auto":
         t.precision = "bf16" if not on_gpu and linear.fast_bf16() else "32"
         if cuda:
-            t.precision = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+            half = "fp16" if cfg.optim.muon_lr is None else "32"  # Muon refuses fp16
+            t.precision = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else half
     resolve_linear(cfg)
     if cfg.optim.warmup_steps == "auto":
         cfg.optim.warmup_steps = min(100, t.max_steps // 10)
@@ -245,7 +246,7 @@ def make_module(cfg: config.Train, data: Any, saved_config: dict[str, Any], sour
     checkpoints."""
     import lightning as L
 
-    from gptlab import linear
+    from gptlab import linear, optim
     from gptlab.checkpoint import GPT_TARGET, build_model, portable_config
     from gptlab.contracts import check_model
     from gptlab.module import GPTModule as Module
@@ -256,6 +257,10 @@ def make_module(cfg: config.Train, data: Any, saved_config: dict[str, Any], sour
     model = build_model(cfg.model, data.tokenizer.vocab_size, data.block_size)
     if cfg.model["_target_"] != GPT_TARGET:
         check_model(model, data.tokenizer.vocab_size, data.block_size)
+        try:
+            optim.build(model, fused=False, **cfg.optim.model_dump())
+        except ValueError as error:
+            raise UserError(f"optim.muon_lr, optim.embedding_lr, optim.head_lr: {error}; leave those out") from None
     if source:
         source.copy_to(model)
     if cfg.trainer.linear == "onednn":

@@ -152,11 +152,11 @@ def format_report(report: dict[str, Any]) -> str:
     return "\n".join(lines + [f"- {name}: {show(value)}" for name, value in facts.items() if value]) + "\n"
 
 
-def parse(argv: list[str]) -> argparse.Namespace:
+def options_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=PARTS)
     parser.add_argument("overrides", nargs="*", help="for gptlab's runs, such as model.n_layer=8")
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, help="default: 7; time_to_loss: one for each of --seeds")
     parser.add_argument("--json", type=Path, help="also write everything to this file")
     parser.add_argument("--markdown", type=Path, help="also write the table to this file, with machine and versions")
     parser.add_argument("--seconds", type=float, default=15, help="of training that a measurement takes")
@@ -178,17 +178,22 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--spincount",
         default="1000",
-        help="train, busy, time_to_loss: GOMP_SPINCOUNT of every program; default: as each comes",
+        help="train, busy, time_to_loss: GOMP_SPINCOUNT of every program, or the word default: as each comes",
     )
     parser.add_argument(
         "--shakespeare", type=Path, help="time_to_loss: Tiny Shakespeare, the file input.txt of char-rnn"
     )
-    parser.add_argument("--seeds", nargs="+", type=int, default=[901, 902, 903], help="time_to_loss: one a round")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[1101, 1102, 1103], help="time_to_loss: one a round")
     parser.add_argument("--experiment", nargs="+", default=[*TARGETS], help="time_to_loss: of gptlab's")
     parser.add_argument("--documents", type=Path, help="prepare: JSON lines with a text each (default: written here)")
     parser.add_argument("--megabytes", type=int, default=500, help="prepare: of those written here")
     parser.add_argument("--batch", nargs="+", type=int, default=[1, 8], help="sample: rows generated at once")
     parser.add_argument("--profile", action="store_true", help="sample: also where gptlab's time goes")
+    return parser
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    parser = options_parser()
     options = parser.parse_intermixed_args(argv)
     for name in NEEDED.get(options.part, ()):
         if getattr(options, name) is None:
@@ -201,8 +206,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
         options.size = options.size or ([*MODELS["sample"]] if options.part == "sample" else [options.hardware])
         if unknown := [size for size in options.size if size not in MODELS[options.part]]:
             parser.error(f"--size {' '.join(unknown)}: {options.part} has {', '.join(MODELS[options.part])}")
-    if options.part == "time_to_loss":
-        options.rounds = len(options.seeds)
+    if options.part == "time_to_loss" and options.rounds:
+        parser.error("--rounds: time_to_loss has one for each of --seeds")
+    options.rounds = options.rounds or (len(options.seeds) if options.part == "time_to_loss" else 7)
     return options
 
 

@@ -9,13 +9,13 @@ import importlib.util
 import json
 import resource
 import statistics
-import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-import lightning as L
+import benchmark_programs as programs
 import numpy as np
 import torch
 from torch import Tensor
@@ -40,15 +40,19 @@ def columns(
 
 
 def measure(column: str, peer: Path, device: str, compile_: bool) -> dict[str, float]:
-    command = [sys.executable, __file__, column.partition(" ")[0], str(peer), device, str(compile_)]
-    process = subprocess.run(command, stdout=subprocess.PIPE, text=True)
-    if process.returncode:
-        sys.exit(f"{column}: ended with status {process.returncode}")
-    return {f"{column}, {unit}": value for unit, value in json.loads(process.stdout.splitlines()[-1]).items()}
+    program = column.partition(" ")[0]
+    command = [sys.executable, str(Path(__file__).resolve()), program, str(peer), device, str(compile_)]
+    with tempfile.TemporaryDirectory(prefix="benchmark_") as folder:
+        output = Path(folder) / "output.txt"
+        programs.time_of(command, Path(folder), output, {"GOMP_SPINCOUNT": "1000"})  # gptlab's default, for both
+        measured = json.loads(output.read_text("utf-8").splitlines()[-1])
+    return {f"{column}, {unit}": value for unit, value in measured.items()}
 
 
 def train_gptlab(peer: Path, batches: list[Tensor], device: str, compile_: bool) -> list[float]:
-    """Seconds of each step, as gptlab.train takes them."""
+    """Seconds of each step of gptlab's module in Lightning's loop."""
+    import lightning as L  # here: nanoGPT's process does without
+
     from gptlab.model import GPT
     from gptlab.module import GPTModule
 

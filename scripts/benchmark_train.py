@@ -14,8 +14,6 @@ import benchmark_programs as programs
 import lightning as L
 import torch
 from benchmark_programs import SIZES, Measurement, Plan, Program
-from torch import nn
-from torch.nn import functional as F
 
 from gptlab import linear
 from gptlab.data.files import python_docs
@@ -186,18 +184,15 @@ class WithoutGuards(L.Callback):
 
 def plain_step(module: L.LightningModule, ids: torch.Tensor) -> None:
     """One optimizer step on ids (B, T + 1); logs as often as the guarded one."""
-    from gptlab import optim
-
-    config, optimizer = module.optim_config, module.optimizers()
-    keys = ("schedule", "lr", "min_lr", "warmup_steps", "decay_steps")
+    optimizer, lr = module.optimizers(), module._learning_rate(module.global_step)
     for group in optimizer.param_groups:
-        group["lr"] = optim.learning_rate(module.global_step, **{key: config[key] for key in keys})
-    loss = F.cross_entropy(module.model(ids[:, :-1]).flatten(0, 1).float(), ids[:, 1:].flatten())
+        group["lr"] = lr * group["lr_scale"]
+    loss = module.nats(ids, None) / ids[:, 1:].numel()
     module.manual_backward(loss)
-    norm = nn.utils.clip_grad_norm_(module.model.parameters(), config["grad_clip"])
+    norm = module.clip_gradients(module.optim_config["grad_clip"])
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     if module.global_step % module.trainer.log_every_n_steps == 0:
-        metrics = {"train/loss": loss.item(), "train/lr": group["lr"], "train/grad_norm": norm.item()}
+        metrics = {"train/loss": loss.item(), "train/lr": lr, "train/grad_norm": norm.item()}
         for logger in module.loggers:
             logger.log_metrics(metrics, step=module.global_step)

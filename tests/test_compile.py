@@ -16,12 +16,14 @@ from gptlab.train import make_module
 SMALLEST = {"n_layer": 1, "n_head": 1, "n_embd": 16}
 
 
-@pytest.mark.parametrize("activation_checkpointing", [False, True])
-def test_the_forward_pass_is_one_graph(activation_checkpointing):
+@pytest.mark.parametrize(
+    "options", [{}, {"activation_checkpointing": True}, {"position": "rotary", "ngrams": [2, 3], "tie_weights": False}]
+)
+def test_the_forward_pass_is_one_graph(options):
     """`fullgraph` raises at the first thing that cannot be compiled, such as a look at the values of the ids; the
     backend "eager" runs the graph as it was captured, without compiling it."""
     torch.compiler.reset()
-    model = GPT(vocab_size=11, block_size=8, activation_checkpointing=activation_checkpointing, **SMALLEST)
+    model = GPT(vocab_size=11, block_size=8, **SMALLEST, **options)
     batches = [torch.randint(0, 11, shape) for shape in ((5, 8), (3, 8), (1, 4))]
     expected = [model(ids) for ids in batches]
     model.compile(fullgraph=True, backend="eager")

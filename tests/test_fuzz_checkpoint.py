@@ -333,6 +333,13 @@ def changed(*path: str, to: Any) -> Callable[[dict], dict]:
     return change
 
 
+def rotary(valid: dict, position: str, block_size: int) -> dict:
+    """Positions without weights of their own, which would show how many there are."""
+    del valid["state_dict"]["model.transformer.wpe.weight"]
+    valid["config"]["data"]["block_size"], valid["config"]["model"]["position"] = block_size, position
+    return valid
+
+
 def bomb(name: str) -> Callable[[dict], bytes]:
     """One of the archive's files has 150 MB of zeros, in less than a MB."""
     grown = lambda part, data: data + bytes(150 * 2**20) if part.endswith(name) else data  # noqa: E731
@@ -357,6 +364,9 @@ CASES: dict[str, Callable[[dict], Any]] = {
     "a class within the model": changed("config", "model", "extra", to={"_target_": "evil.Model"}),
     "a billion layers": changed("config", "model", "n_layer", to=10**9),
     "a hundred million positions": changed("config", "data", "block_size", to=10**8),
+    "a billion rotary positions": lambda valid: rotary(valid, "rotary", 10**9),
+    "positions of an unknown kind": lambda valid: rotary(valid, "x", 10**8),
+    "rotary positions of half a pair": lambda valid: changed("config", "model", "n_head", to=8)(rotary(valid, "rotary", 8)),
     "a vocabulary padded to a hundred million": changed("config", "model", "vocab_multiple", to=10**8),
     "a hundred thousand channels": changed("config", "model", "n_embd", to=10**5),
     "positions that share one number": lambda valid: changed("config", "data", "block_size", to=10**8)(

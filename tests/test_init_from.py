@@ -68,8 +68,8 @@ def test_training_starts_where_the_weights_are(gptlab, tmp_path, made, kind):
     figures = json.loads((tmp_path / "figures.json").read_text())
     assert loss == pytest.approx(figures["loss"], rel=1e-5)
     expected = sources.load(str(source))
-    node = {"dropout": 0.1, "vocab_multiple": 8, "compile": False, "activation_checkpointing": False}
-    assert config["model"] == sources.gpt({k: v for k, v in expected.config["model"].items() if k not in node}) | node
+    own = {**dict.fromkeys(sources.OWN, False), "dropout": 0.1, "ngram_dropout": 0.0, "vocab_multiple": 8}
+    assert config["model"] == sources.gpt(expected.config["model"]) | own
     assert config["data"]["tokenizer"] == "init_from" and config["init_from"] == str(source)
     tuned, start = weights(tmp_path / "tuned"), expected.model.state_dict()
     name = "transformer.h.1.mlp.c_fc.weight"

@@ -186,11 +186,11 @@ def count_products(monkeypatch) -> list:
     return calls
 
 
-@pytest.mark.parametrize("bias", [False, True])
-def test_a_model_trains_with_onednn_as_without(monkeypatch, bias):
+@pytest.mark.parametrize(("bias", "multiple"), [(False, 1), (True, 1), (True, 64)])
+def test_a_model_trains_with_onednn_as_without(monkeypatch, bias, multiple):
     """Tied weights stay one, checkpoints fit either way, and each layer takes three products: one that was left out would be
     no faster."""
-    plain, ids = gpt(n_embd=64, bias=bias), torch.randint(300, (2, 16))
+    plain, ids = gpt(n_embd=64, bias=bias, vocab_multiple=multiple), torch.randint(300, (2, 16))
     ours = copy.deepcopy(plain)
     linear.use_onednn(ours)
     assert ours.lm_head.weight is ours.transformer.wte.weight

@@ -1,13 +1,14 @@
 """The chunked loss against cross-entropy of all logits by plain autograd: values, gradients, precision, memory."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from gptlab import loss
+from gptlab import linear, loss
 from gptlab.memory import LiveBytes, estimate_step
 from gptlab.model import GPT, nats
 
@@ -27,17 +28,20 @@ def plain(x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Te
     return loss.of_logits(logits if bias is None else logits + bias, targets)
 
 
+def in_chunks(x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, rows: int = ROWS) -> Tensor:
+    return loss.summed_nats(x, SimpleNamespace(weight=weight, bias=bias), targets, rows)
+
+
 def gradients(nats: Tensor, *tensors: Tensor) -> list[Tensor]:
     return [nats.detach(), *torch.autograd.grad(0.3 * nats, tensors)]
 
 
 @pytest.mark.parametrize("padded", [False, True])
 def test_loss_and_gradients_are_those_of_all_logits(padded):
-    """Logits of up to 10 under a cap of 2: a cap left out of the derivative would show, as would a target that does not
-    count or a padded row that gets a gradient."""
+    """Seen: a target that does not count, or a padded row, that gets a gradient; a last chunk that is left out."""
     x, weight, bias, targets = inputs(padded)
     expected = gradients(plain(x, weight, bias, targets), x, weight)
-    ours = gradients(loss.summed_nats(x, weight, bias, targets, ROWS), x, weight)
+    ours = gradients(in_chunks(x, weight, bias, targets), x, weight)
     for a, b in zip(ours, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
     assert (ours[1][targets == -100] == 0).all()
@@ -50,7 +54,7 @@ def test_mixed_precision():
     exact = gradients(plain(x, weight, bias, targets), x, weight)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         rounded = gradients(plain(x, weight, bias, targets), x, weight)
-        ours = gradients(loss.summed_nats(x, weight, bias, targets, 1), x, weight)
+        ours = gradients(in_chunks(x, weight, bias, targets, 1), x, weight)
     assert [t.dtype for t in ours] == [torch.float32] * 3
     for a, b, c in zip(ours, rounded, exact, strict=True):
         assert (a - c).norm() <= 1.2 * (b - c).norm()
@@ -62,7 +66,7 @@ def test_a_non_finite_loss_makes_gradients_non_finite():
     x, weight, _, targets = inputs()
     with torch.no_grad():
         x[12] = math.inf
-    total = loss.summed_nats(x, weight, None, targets, ROWS)
+    total = in_chunks(x, weight, None, targets)
     assert not total.isfinite()
     for gradient in torch.autograd.grad(total * math.nan, (x, weight)):
         assert gradient.isnan().all()
@@ -71,19 +75,34 @@ def test_a_non_finite_loss_makes_gradients_non_finite():
 def test_without_gradients_none_are_computed():
     """A validation: neither the time nor the memory of a gradient; the same loss."""
     x, weight, bias, targets = inputs()
-    expected = loss.summed_nats(x, weight, bias, targets, ROWS)
+    expected = in_chunks(x, weight, bias, targets)
     with torch.no_grad(), LiveBytes() as live:
-        assert loss.summed_nats(x, weight, bias, targets, ROWS) == expected
+        assert in_chunks(x, weight, bias, targets) == expected
     assert live.peak < expected.grad_fn.saved_tensors[1].nbytes + 2 * 4 * ROWS * V + 4 * N * C + 1000
 
 
 def test_a_second_backward_pass_is_an_error():
     """The first one scales the gradients in place; scaled again, they would be wrong."""
     x, weight, bias, targets = inputs()
-    total = loss.summed_nats(x, weight, bias, targets, ROWS)
+    total = in_chunks(x, weight, bias, targets)
     total.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         total.backward()
+
+
+def test_a_head_by_onednn(monkeypatch):
+    """Logits and the gradient of x are its products, in each of four chunks; torch adds up the weight's in place."""
+    x, weight, bias, targets = inputs(padded=True)
+    expected = gradients(plain(x, weight, bias, targets), x, weight)
+    head, calls, product = linear.OneDNNLinear(C, V, bias=False), [], linear.product
+    head.weight = torch.nn.Parameter(weight.detach())
+    del head.bias
+    head.register_buffer("bias", bias)
+    monkeypatch.setattr(linear, "product", lambda *tensors: calls.append(1) or product(*tensors))
+    ours = gradients(loss.summed_nats(x, head, targets, ROWS), x, head.weight)
+    assert len(calls) == 2 * 4
+    for a, b in zip(ours, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
+from test_model import FAST
 from test_module import OPTIM
 from torch.utils.data import DataLoader
 
@@ -51,13 +52,18 @@ CASES = {
     "loss in chunks, bf16": ({"n_layer": 1}, 50257, 256, 2, 2, "bf16"),
     "micro-batches": ({"n_head": 8, "n_embd": 256, "gelu": "tanh"}, 1024, 32, 4, 2, "32"),
     "ema": ({"n_embd": 128}, 65, 32, 4, 4, "32"),
+    "Muon, n-grams, rotary": ({**FAST, "ngram_rows": 2000, "ngram_dropout": 0.3}, 65, 64, 4, 4, "32"),
     "custom": ({}, 65, 64, 4, 4, "32"),
 }
 
 
+def optim_of(name: str) -> dict:
+    return OPTIM | {"muon_lr": 0.02, "embedding_lr": 0.03, "head_lr": 0.01, "grad_clip": 0} if "Muon" in name else OPTIM
+
+
 def expected(name: str) -> Estimate:
     model, vocab_size, block_size, sequences, micro_batch_size, precision = CASES[name]
-    return estimate_step(partial(build, model, vocab_size, block_size), block_size=block_size, sequences=sequences,
+    return estimate_step(partial(build, model, vocab_size, block_size), block_size=block_size, sequences=sequences, optim_config=optim_of(name),
                          micro_batch_size=micro_batch_size, precision=precision, device_type="cpu", averaged=name == "ema")  # fmt: skip
 
 
@@ -69,7 +75,7 @@ def test_the_estimate_is_what_the_real_step_takes(name, tmp_path):
     batches = torch.randint(0, vocab_size, (2, sequences, block_size + 1))
     with LiveBytes() as live:
         module = GPTModule(
-            build(model, vocab_size, block_size), optim_config=OPTIM, token_bytes=np.ones(vocab_size, dtype=np.int64),
+            build(model, vocab_size, block_size), optim_config=optim_of(name), token_bytes=np.ones(vocab_size, dtype=np.int64),
             seed=1, micro_batch_size=micro_batch_size, log_every=1, metadata={},
         )  # fmt: skip
         trainer = L.Trainer(

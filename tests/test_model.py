@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 import yaml
+from composed import composed
 from torch.nn import functional as F
 
 from gptlab.config import CONF
@@ -203,6 +204,13 @@ def test_bad_inputs_raise(ids, error, text):
         small()(ids)
 
 
+@pytest.mark.parametrize("wrong", [{"position": "rope"}, {"position": "rotary", "n_head": 4}])
+def test_positions_that_there_are_not(wrong):
+    """Not silently learned ones, and no rotation of half a pair: 12 channels, 3 per head."""
+    with pytest.raises(ValueError, match="position="):
+        small(**wrong)
+
+
 def test_flops_per_token():
     """12 L C T for attention on top of 6 for every weight of a matrix: here by hand for one layer."""
     model = GPT(vocab_size=10, block_size=8, n_layer=1, n_head=1, n_embd=4)
@@ -224,13 +232,16 @@ def fast_gpt(**changes):
     return model
 
 
-def test_ngrams_and_rotary_positions_see_no_later_token():
-    """On the very options of the speedrun: another token changes the logits at its position and after it, none before."""
-    model, ids = fast_gpt(), torch.randint(11, (1, 12))
+@pytest.mark.parametrize("preset", ["", "_plain", "_160", "_154"])
+def test_no_preset_of_the_speedrun_sees_a_later_token(preset):
+    """The very model: another token changes the logits at its position and after it, none before."""
+    node = composed("train", f"experiment=shakespeare_char_speedrun{preset}")[0]["model"]
+    options = {key: value for key, value in node.items() if key not in ("_target_", "compile")}
+    model, ids = fast_gpt(**options, vocab_size=65, block_size=64), torch.randint(65, (1, 64))
     before = model(ids)
-    for position in range(12):
+    for position in range(64):
         changed = ids.clone()
-        changed[0, position] = (changed[0, position] + 1) % 11
+        changed[0, position] = (changed[0, position] + 1) % 65
         different = (model(changed) != before).any(dim=-1)[0]
         assert not different[:position].any() and different[position:].all()
 

@@ -93,8 +93,10 @@ def test_kinds_of_parameters_have_their_learning_rates():
         expected = {"head": 0.005, "block": 0.02, "embedding": 0.03}[kind] if matrix else 1e-2
         assert rate == pytest.approx(expected), name
     tied = GPT(vocab_size=10, block_size=4, n_layer=1, n_head=2, n_embd=8)
-    groups = optim.build(tied, **options()).param_groups
-    assert {g["kind"] for g in groups} == {"embedding", "block", "rest"}  # the head is an embedding
+    with pytest.raises(ValueError, match="lacks: head"):  # it is the embedding
+        optim.build(tied, **options())
+    groups = optim.build(tied, **options(head_lr=None)).param_groups
+    assert {g["kind"] for g in groups} == {"embedding", "block", "rest"}
 
 
 @pytest.mark.parametrize("shape", [(8, 8), (8, 24), (24, 8), (20, 8)])

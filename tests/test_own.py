@@ -67,6 +67,9 @@ def test_train_sample_and_resume(gptlab, own):
     assert "memory:" in said  # estimated for a custom model, too
     assert weights(own / "run")["model.embed.weight"].shape == (4, 12)
 
+    refused = gptlab("train", *OWN, *TINY, "optim.head_lr=0.1", "hydra.run.dir=refused", cwd=own, status=2).stderr
+    assert "optim.head_lr: a learning rate for matrices that the model lacks: head" in refused
+    assert not (own / "refused/config.yaml").exists()
     refused = gptlab("sample", "ckpt=run", cwd=own, status=2).stderr
     assert "my_model.MyRNN" in refused and "trust=true" in refused and "Traceback" not in refused
     text = gptlab("sample", "ckpt=run", "trust=true", "prompt=abc", "max_new_tokens=7", cwd=own).stdout

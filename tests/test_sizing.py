@@ -111,6 +111,19 @@ def test_every_model_can_be_sized(report, model):
     assert "head (tied)" in found["parameters"] and "activations" not in found["memory"]
 
 
+def test_sizes_of_the_fast_recipe(report):
+    """Every parameter of the real model has a row: n-gram tables and the head are not forgotten, and Muon keeps one number
+    for each of a block's, where AdamW keeps two."""
+    found = report("experiment=shakespeare_char_speedrun_160", "vocab_size=65", memory=False)
+    options = composed("train", "experiment=shakespeare_char_speedrun_160")[0]["model"]
+    model = GPT(vocab_size=65, block_size=64, **{k: v for k, v in options.items() if k not in ("_target_", "compile")})
+    matrices = sum(p.numel() for p in model.transformer.h.parameters() if p.dim() == 2)
+    total = sum(p.numel() for p in model.parameters())
+    assert sum(sizing.count_parameters(model).values()) == number(found["parameters"]["total"][0]) == total
+    (cells,) = found["checkpoint"].values()
+    assert number(cells[0]) == pytest.approx(4 * (3 * total - matrices), rel=0.02)
+
+
 def test_experiments_and_data(report):
     """What gptlab.train would train: block and vocabulary of the data, EMA's copy, the peak that is given."""
     found = report("experiment=addition", "callbacks=[problems,ema]", "flops_per_s=1e12", "mfu=1")

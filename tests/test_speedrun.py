@@ -28,6 +28,8 @@ def test_a_run_and_all_that_follows(gptlab, tmp_path, text):
     shown = gptlab("train", *FAST, "hydra.run.dir=whole").stdout
     assert "learning rate: 0.001, blocks, by Muon 0.02, embeddings 0.03, head 0.01 after" in shown
     gptlab("train", *FAST, "trainer.max_steps=3", "hydra.run.dir=run")
+    longer = gptlab("train", "resume=run").stdout.split("\n  python -m gptlab.train ")[1].split()
+    assert longer == ["resume=run", "trainer.max_steps=6", "optim.decay_steps=6"]  # at a rate of 0 nothing is learned
     gptlab("train", "resume=run", "trainer.max_steps=4")
     assert [line for line in metrics(tmp_path / "run") if line["step"] == 4] == [
         line for line in metrics(tmp_path / "whole") if line["step"] == 4
@@ -54,6 +56,8 @@ def test_a_run_and_all_that_follows(gptlab, tmp_path, text):
     assert (tuned["model"]["position"], tuned["model"]["ngrams"]) == ("rotary", [2, 3])
     first = next(line["val/loss"] for line in metrics(tmp_path / "tuned") if "val/loss" in line)
     assert first < 1.02 * summary["last"]["val/loss"]  # random weights would be 1.3 times as bad
+    gptlab("train", *tuning, "model.ngram_dropout=0.1", "hydra.run.dir=tuned_otherwise")
+    assert yaml.safe_load((tmp_path / "tuned_otherwise/config.yaml").read_text())["model"]["ngram_dropout"] == 0.1
     refused = gptlab("train", *tuning, "model.tie_weights=true", status=2)
     assert "model.tie_weights: decided by init_from=" in refused.stderr
     script = runpy.run_path(str(config.CONF.parent / "scripts/export_hf.py"))
