@@ -1,4 +1,4 @@
-"""Benchmarks: python scripts/benchmark.py {train,time_to_loss,prepare,startup,guards,busy,sample,memory} [options]
+"""Benchmarks: python scripts/benchmark.py {train,time_to_loss,prepare,startup,guards,busy,step,sample,memory} [options]
 
 Each part measures its columns once per round, in reversed order every other round, and reports medians and the ratios
 within each round. Every measurement starts the programs as a user does; their speed is read from their own logs, by
@@ -28,13 +28,14 @@ import benchmark_sample
 from benchmark_prepare import prepare
 from benchmark_programs import SIZES, Plan
 from benchmark_time import TARGETS, startup, time_to_loss
-from benchmark_train import busy, guards, train
+from benchmark_train import busy, guards, step, train
 
 from gptlab.data.files import available_cores
 
 NEEDED = {"prepare": ("peer",), "memory": ("peer",), "time_to_loss": ("peer", "shakespeare")}
 INSIDE = {"peer": "train.py", "mingpt": "mingpt/trainer.py", "shakespeare": ""}  # option -> what its path must have
-MODELS = {"train": SIZES, "busy": SIZES, "sample": benchmark_sample.SIZES}  # part -> what --size may name
+# part -> what --size may name
+MODELS = {"train": SIZES, "busy": SIZES, "step": SIZES, "sample": benchmark_sample.SIZES}
 PACKAGES = ("torch", "lightning", "transformers", "accelerate")
 FEATURES = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")  # of a CPU
 
@@ -58,7 +59,7 @@ def memory(options: argparse.Namespace, folder: Path) -> Plan:
     return Plan("peak GB; s per step", *benchmark_memory.columns(options.peer.resolve(), device, options.compile))
 
 
-PARTS = {part.__name__: part for part in (train, time_to_loss, prepare, startup, guards, busy, sample, memory)}
+PARTS = {part.__name__: part for part in (train, time_to_loss, prepare, startup, guards, busy, step, sample, memory)}
 
 
 def cores_in_use() -> float | None:
@@ -170,7 +171,7 @@ def options_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--size", nargs="+", choices=sorted({size for sizes in MODELS.values() for size in sizes}),
-        help="models: of train and busy, cpu, baby and gpu (default: that of the hardware); of sample, baby and 124M (default: both)",
+        help="models: of train, busy and step, cpu, baby and gpu (default: that of the hardware); of sample, baby and 124M (default: both)",
     )  # fmt: skip
     parser.add_argument(
         "--compile", action="store_true", help="train, memory: gptlab and nanoGPT also with torch.compile"

@@ -1,13 +1,19 @@
-"""The parts `train`, `busy` and `guards` of benchmark.py: tokens per second of training."""
+"""The parts `train`, `busy`, `guards` and `step` of benchmark.py: tokens per second of training, and where its time goes."""
 
 import argparse
 import contextlib
+import functools
 import importlib.util
 import itertools
+import json
+import statistics
 import subprocess
 import sys
+import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import benchmark_ceiling
 import benchmark_programs as programs
@@ -170,6 +176,73 @@ def guards(options: argparse.Namespace, folder: Path) -> Plan:
         speed_of(off, [lambda: programs.gptlab(folder, [*without, *options.overrides])], options),
     ]
     return Plan("tokens/s", measurements, [(on, off)])
+
+
+def step(options: argparse.Namespace, folder: Path) -> Plan:
+    """Milliseconds of each part of gptlab's training step on a CPU, by the clock of the training process. With PYTHONPATH,
+    those of another version."""
+    _, precision = device_and_precision(options)
+    measurements = []
+    for size in options.size:
+        file = folder / f"{size}.json"
+        settings = {"_target_": "benchmark_train.StepParts", "file": file} | {
+            key: getattr(options, key) for key in ("warm_up", "seconds")
+        }
+        keys = [f"+callbacks.parts.{key}={value}" for key, value in settings.items()]
+        start = gptlab(size, options, folder, precision, keys)
+        measurements.append(functools.partial(parts_of_step, size, start, file))
+    return Plan("ms", measurements)
+
+
+def parts_of_step(size: str, start: Start, file: Path) -> dict[str, float]:
+    with start() as program:
+        if program.process.wait():
+            sys.exit(f"{size}: ended with status {program.process.returncode}:\n{programs.tail(program.output)}")
+    return {f"{size}: {part}": value for part, value in json.loads(file.read_text()).items()}
+
+
+class StepParts(L.Callback):
+    """Ends the run `seconds` after `warm_up` steps, with the median milliseconds of each part of a step in `file`."""
+
+    def __init__(self, file: str, warm_up: int, seconds: float) -> None:
+        self.file, self.warm_up, self.seconds = Path(file), warm_up, seconds
+        self.steps: list[dict[str, float]] = []  # of each step, the seconds of its parts
+        self.parts: Counter[str] = Counter()
+        self.began = time.perf_counter()
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        methods = ("nats", "manual_backward", "clip_gradients", "training_step")
+        for owner, name in [*((pl_module, name) for name in methods), (trainer.strategy, "optimizer_step")]:
+            setattr(owner, name, self.timed(name, getattr(owner, name)))
+
+    def timed(self, part: str, function: Callable) -> Callable:
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            began = time.perf_counter()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self.parts[part] += time.perf_counter() - began
+
+        return wrapped
+
+    def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
+        now, p = time.perf_counter(), self.parts
+        self.steps.append({
+            "whole step": now - self.began,
+            "forward and loss": p["nats"],
+            "backward": p["manual_backward"],
+            "gradient norm and clipping": p["clip_gradients"],
+            "optimizer": p["optimizer_step"] - p["clip_gradients"],  # which Lightning calls within it
+            "learning rate, seed, logging": p["training_step"] - p["nats"] - p["manual_backward"] - p["optimizer_step"],
+            "batch, loop and callbacks": now - self.began - p["training_step"],
+        })  # fmt: skip
+        self.began = now
+        p.clear()
+        measured = self.steps[self.warm_up :]
+        if sum(step["whole step"] for step in measured) >= self.seconds:
+            medians = {part: 1000 * statistics.median(step[part] for step in measured) for part in measured[0]}
+            self.file.write_text(json.dumps(medians), "utf-8")
+            trainer.should_stop = True
 
 
 class WithoutGuards(L.Callback):

@@ -268,7 +268,13 @@ def test_time_to_loss_for_real(tmp_path, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "part, column",
-    [("startup", "until first step"), ("guards", "without guards"), ("busy", "two at once"), ("train", "ceiling fp32")],
+    [
+        ("startup", "until first step"),
+        ("guards", "without guards"),
+        ("busy", "two at once"),
+        ("step", "cpu: backward"),
+        ("train", "ceiling fp32"),
+    ],
 )
 def test_parts_run(tmp_path, part, column):
     """On gptlab as it is: the step without guards reaches into the module."""
