@@ -179,8 +179,8 @@ def guards(options: argparse.Namespace, folder: Path) -> Plan:
 
 
 def step(options: argparse.Namespace, folder: Path) -> Plan:
-    """Milliseconds of each part of gptlab's training step on a CPU, by the clock of the training process. With PYTHONPATH,
-    those of another version."""
+    """Milliseconds of each part of gptlab's training step on a CPU, by the clock of the training process. Started
+    in the folder of another version, those of that one."""
     _, precision = device_and_precision(options)
     measurements = []
     for size in options.size:
