@@ -190,7 +190,7 @@ def encode_all(parts: Iterable[Part], processes: int, *arguments: Any) -> Iterat
                 "an encoding process was killed, perhaps out of memory; resume with fewer, processes=N"
             ) from None
         finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+            pool.shutdown(cancel_futures=True)  # waits: threads of a pool that still works make noise when Python ends
 
 
 def _encode_parts(
