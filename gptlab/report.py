@@ -31,10 +31,14 @@ def announce(
     tokens = f"{data.batch_size * data.block_size:,}"
     log.info("tokens per optimizer step: %s (%d sequences x %d tokens)", tokens, data.batch_size, data.block_size)
     o = module.optim_config
-    end = f", {o['schedule']} to {o['min_lr']:g} at step {o['decay_steps']}" if o["schedule"] != "constant" else ""
-    own = {"blocks, by Muon": "muon_lr", "embeddings": "embedding_lr", "head": "head_lr"}
-    others = "".join(f", {what} {o[key]:g}" for what, key in own.items() if o[key] is not None)
-    log.info("learning rate: %g%s after %d warm-up steps%s", o["lr"], others, o["warmup_steps"], end)
+    end = {
+        "constant": "",
+        "cosine": f", cosine to {o['min_lr']:g} at step {o['decay_steps']}",
+        "linear": f", linear to {o['min_lr']:g} in the last {o['cooldown']:.0%} of {o['decay_steps']} steps",
+    }[o["schedule"]]
+    own = {"blocks by Muon": "muon_lr", "embeddings": "embedding_lr", "head": "head_lr"}
+    others = ", ".join(f"{what} {o[key]:g}" for what, key in own.items() if o[key] is not None)
+    log.info("learning rate: %g%s after %d warm-up steps%s", o["lr"], others and f" ({others})", o["warmup_steps"], end)
     log.info("run folder: %s", run)
     if not any(isinstance(callback, Checkpointing) for callback in trainer.callbacks):
         log.warning(

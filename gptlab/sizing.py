@@ -87,7 +87,8 @@ def read_sizes(cfg: config.Sizing) -> tuple[int, int, int, int | None]:
         tokenizer = sources.load(cfg.init_from, meta=cfg.meta, trust=cfg.trust).tokenizer if inherited else None
         loaded = make_data(cfg.data, cfg.seed, tokenizer)
     except UserError as error:
-        raise UserError(f"{error}\nor give the size of the vocabulary: vocab_size=50257") from None
+        sizes = "vocab_size=50257 for GPT-2's tokens, 65 for Tiny Shakespeare's characters"
+        raise UserError(f"{error}\nor give the size of the vocabulary: {sizes}") from None
     vocab_size = cfg.vocab_size or loaded.tokenizer.vocab_size
     return vocab_size, loaded.block_size, loaded.batch_size, loaded.micro_batch_size
 

@@ -26,7 +26,7 @@ def test_a_run_and_all_that_follows(gptlab, tmp_path, text):
     """Muon's state, tables and the head must be saved and loaded: a resumed run ends as an uninterrupted one, evaluate gives
     its validation again, and weights that start another run or a sample are the saved ones."""
     shown = gptlab("train", *FAST, "hydra.run.dir=whole").stdout
-    assert "learning rate: 0.001, blocks, by Muon 0.02, embeddings 0.03, head 0.01 after" in shown
+    assert "learning rate: 0.001 (blocks by Muon 0.02, embeddings 0.03, head 0.01) after" in shown
     gptlab("train", *FAST, "trainer.max_steps=3", "hydra.run.dir=run")
     longer = gptlab("train", "resume=run").stdout.split("\n  python -m gptlab.train ")[1].split()
     assert longer == ["resume=run", "trainer.max_steps=6", "optim.decay_steps=6"]  # at a rate of 0 nothing is learned
