@@ -81,8 +81,7 @@ class TextData(WindowData):
         self.tokenizer = self._make_tokenizer(chars, split)
         source = f"data.path={self.path}" if self.path else f"data={self.name}"
         if isinstance(self.tokenizer, CharTokenizer):
-            fault = f"{source}: not in the vocabulary of the weights (those with subwords take any text)"
-            check_characters(chars, self.tokenizer.chars, fault)
+            check_characters(chars, self.tokenizer.chars, f"{source}: not in the vocabulary of the weights")
         self.train_ids, self.val_ids, sha256 = encode_text(self._text, self.tokenizer, split)
         if self.path is not None and self.sha256 and sha256 != self.sha256:
             raise UserError(
