@@ -14,9 +14,6 @@ def parameter_groups(model: nn.Module, weight_decay: float, lr: float, lr_of: di
     is the group's `lr_scale`.
 
     Every trainable parameter is in exactly one of them; a tied one counts once. The head is what has "lm_head" in its name.
-
-    Raises:
-        ValueError: a kind in `lr_of` has no matrices.
     """
     embeddings = {p for module in model.modules() if isinstance(module, nn.Embedding) for p in module.parameters()}
     decay = {"params": [], "kind": "rest", "weight_decay": weight_decay, "lr_scale": 1.0}
@@ -30,9 +27,7 @@ def parameter_groups(model: nn.Module, weight_decay: float, lr: float, lr_of: di
             no_decay["params"].append(parameter)
         else:
             kinds.get(kind if parameter.dim() == 2 else "rest", decay)["params"].append(parameter)
-    if missing := [kind for kind, group in kinds.items() if not group["params"]]:
-        raise ValueError(f"a learning rate for matrices that the model lacks: {', '.join(missing)}")
-    return [decay, *kinds.values(), no_decay]
+    return [decay, *(group for group in kinds.values() if group["params"]), no_decay]
 
 
 def build(model: nn.Module, *, fused: bool, lr: float, betas: tuple[float, float], weight_decay: float,
@@ -42,9 +37,15 @@ def build(model: nn.Module, *, fused: bool, lr: float, betas: tuple[float, float
 
     `fused` must be off where a gradient scaler is used: a fused step unscales the gradients itself, after they were
     clipped.
+
+    Raises:
+        ValueError: a learning rate is for a kind of matrices that the model lacks.
     """
-    rates = {"block": muon_lr, "embedding": embedding_lr, "head": head_lr}
-    groups = parameter_groups(model, weight_decay, lr, {kind: rate for kind, rate in rates.items() if rate is not None})
+    named = {"block": muon_lr, "embedding": embedding_lr, "head": head_lr}
+    rates = {kind: rate for kind, rate in named.items() if rate is not None}
+    groups = parameter_groups(model, weight_decay, lr, rates)
+    if missing := rates.keys() - {group["kind"] for group in groups}:
+        raise ValueError(f"a learning rate for matrices that the model lacks: {', '.join(sorted(missing))}")
     for group in groups:
         if group["kind"] == "block":
             group |= {"momentum": momentum, "steps": newton_schulz_steps}

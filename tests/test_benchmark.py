@@ -131,6 +131,10 @@ def test_a_program_that_made_no_steps_has_no_ratio():
     [
         (["prepare"], "prepare needs --peer"),
         (["time_to_loss", "--peer", "{}/nanoGPT"], "time_to_loss needs --shakespeare"),
+        (
+            ["time_to_loss", "--peer", "{}/nanoGPT", "--shakespeare", __file__, "--rounds", "2"],
+            "one for each of --seeds",
+        ),
         (["train", "--peer", "{}"], "no such file {}/train.py"),
         (["train", "--mingpt", "{}/nanoGPT"], "no such file {}/nanoGPT/mingpt/trainer.py"),
         (["train", "--size", "124M"], "train has cpu, baby, gpu"),

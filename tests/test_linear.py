@@ -365,6 +365,16 @@ def test_cpus_that_multiply_bf16_train_in_it(monkeypatch, fast, precision, kind)
     assert resolved(monkeypatch, trainer__precision="32").precision == "32"
 
 
+@pytest.mark.parametrize(("changes", "precision"), [({}, "fp16"), ({"optim__muon_lr": 0.02}, "32")])
+def test_a_gpu_without_bf16(monkeypatch, changes, precision):
+    """What auto chooses must be what the rules allow: Muon refuses fp16."""
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda _: None)
+    assert resolved(monkeypatch, trainer__accelerator="gpu", **changes).precision == precision
+
+
 def test_onednn_without_the_operators_is_refused(monkeypatch):
     """A run that was saved with it, resumed with another torch; trainer.linear=torch is a change that a resume may make."""
     monkeypatch.setattr(linear, "OPERATORS", ("_no_such_operator",))

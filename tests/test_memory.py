@@ -67,12 +67,7 @@ def expected(name: str) -> Estimate:
                          micro_batch_size=micro_batch_size, precision=precision, device_type="cpu", averaged=name == "ema")  # fmt: skip
 
 
-SLOW = ("loss in chunks, bf16",)
-
-
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in CASES]
-)
+@pytest.mark.parametrize("name", CASES)
 def test_the_estimate_is_what_the_real_step_takes(name, tmp_path):
     """Two steps of GPTModule under Lightning's Trainer, on real tensors that are counted the same way. A tensor that
     the estimate forgets or keeps too long shows: the smallest that matters, weights in 16 bits, is 6 % of a case."""

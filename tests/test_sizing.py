@@ -121,7 +121,8 @@ def test_sizes_of_the_fast_recipe(report):
     total = sum(p.numel() for p in model.parameters())
     assert sum(sizing.count_parameters(model).values()) == number(found["parameters"]["total"][0]) == total
     (cells,) = found["checkpoint"].values()
-    assert number(cells[0]) == pytest.approx(4 * (3 * total - matrices), rel=0.02)
+    names = number(cells[0]) - 4 * (3 * total - matrices)  # and zip records; what Muon saves is 393,000 bytes
+    assert 0 < names < 2000 * len([*model.parameters()])
 
 
 def test_experiments_and_data(report):
